@@ -1,0 +1,90 @@
+"""The contract: a method is `__init__ / update / predict`, as in DomainBed's algorithms.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.registry import ALGORITHMS, load
+
+Minibatch = tuple[Tensor, Tensor]
+"""One environment's (x, y): x (B, 3, S, S) in [0, 1], not normalised; y (B,) int64."""
+
+
+class Pixels(NamedTuple):
+    """How a method wants its images: the side of x, how an image becomes square, and the training augmentation."""
+
+    size: int
+    resize: Literal["crop", "squash"] = "squash"
+    """`crop`: short side to `size`, then centre crop (CLIP). `squash`: both sides to `size` (DomainBed)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bilinear"
+    augmentation: Literal["crop_flip", "domainbed", "none"] = "domainbed"
+    """`crop_flip`: RandomResizedCrop(0.7, 1) and flip. `domainbed`: these, colour jitter 0.3 and 10 % grey."""
+
+
+class Algorithm(nn.Module):
+    """A domain generalization method.
+
+    `num_domains` counts training environments. Subclasses that need class names (CLIP) take them as keyword
+    `class_names`, or read `hparams["class_names"]`.
+    """
+
+    HPARAMS: ClassVar[dict[str, HParam]] = {
+        "batch_size": HParam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "images per environment", at_least=1)
+    }
+    STEPS: ClassVar[int | None] = None
+    """Number of steps that the method needs; None: the data set's. 1 for methods that do not train."""
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
+        super().__init__()
+        self.hparams = hparams
+
+    @classmethod
+    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
+        """The hparams that this method reads; override where defaults depend on the data set."""
+        return cls.HPARAMS
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        """`UsageError` for hparams that do not go together, before anything is built."""
+
+    @classmethod
+    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+        """The images that this method wants, known without building it; `image_size` is the data set's own."""
+        return Pixels(image_size)
+
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
+        """One training step on one minibatch per training environment; returns what to log."""
+        raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of images x."""
+        raise NotImplementedError(f"{type(self).__name__}.predict")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predict(x)
+
+    def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
+        """Numbers worth a column in every record, from validation images of the training environments."""
+        return {}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changed: parameters that train, and buffers. The rest comes from the pretrained weights."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        trained |= {name for name, _ in self.named_buffers()}
+        return {name: value.detach() for name, value in self.state_dict().items() if name in trained}
+
+
+def get_algorithm_class(name: str) -> type[Algorithm]:
+    """The class registered as `name`; `UsageError` lists the known names."""
+    algorithm: type[Algorithm] = load(ALGORITHMS, "algorithm", name)
+    return algorithm
+
+
+def join(minibatches: list[Minibatch]) -> Minibatch:
+    """All environments' images and labels in one batch."""
+    return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])

@@ -1,0 +1,23 @@
+"""Full fine-tuning of CLIP's image tower under its frozen text classifier."""
+
+from typing import Any
+
+from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, trainable
+from domainbed_hp.hparams_registry import HParam, log_uniform
+
+
+class FineTuneCLIP(ClipAlgorithm):
+    """Every parameter of the image tower trains, by cross-entropy over the text features; AdamW, cosine.
+
+    Source of the defaults: CLIPood (Shu et al., 2023), its loop and learning rate without margin and averaging.
+    """
+
+    HPARAMS = CLIP_HPARAMS | {
+        "lr": HParam(5e-6, log_uniform(10, -6, -4), "AdamW, cosine to 0", at_least=0),
+        "weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), at_least=0),
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        parameters = trainable(self.tower.parameters())
+        self.train_with({"params": parameters, "lr": self.hparams["lr"], "weight_decay": self.hparams["weight_decay"]})

@@ -1,0 +1,167 @@
+"""Attention head purification.
+
+Wang & Kang, "Attention Head Purification: A New Perspective to Harness CLIP for Domain Generalization",
+arXiv 2412.07226; Image and Vision Computing 157 (2025) 105511.
+
+1. Task level: head-aware LoRA (HA-LoRA) adapts each head on its own, dW_i = A_i B_i.
+2. Domain level: domain-invariant gating (DIG) weights the heads of a layer, gate = H softmax(logits).
+3. Cross-entropy trains adapters and gates. The MMD between source domains trains the gates alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_hp.algorithms.base import Minibatch, join
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm
+from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
+from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.networks.mmd import KERNELS, mmd
+from domainbed_hp.networks.vit import Trace
+from domainbed_hp.registry import UsageError
+
+
+class HeadPurification(ClipAlgorithm):
+    """HA-LoRA on W_q and W_v, a gate for every head, MMD routed to the gates.
+
+    Trainable parameters: H r (D + Dh) a projection and H gates a layer; ViT-B/16 with the defaults 718,848 + 144.
+    """
+
+    HPARAMS = (
+        CLIP_HPARAMS
+        | ADAMW_HPARAMS
+        | LORA_HPARAMS
+        | {
+            "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="how heads are gated"),
+            "gate_keep": HParam(0.75, help="gates=hard: share of the heads of a layer that stay", at_least=0),
+            "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "learning rate of the gates over lr", at_least=0),
+            "gate_shuffle": HParam(False, help="control: shuffle the learned gates of each layer in evaluation"),
+            "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), at_least=0),
+            "mmd_level": HParam("layers", choices=("output", "layers"), help="where the MMD is taken"),
+            "mmd_reach": HParam(
+                "local", choices=("global", "local"), help="mmd_level=layers: how far its gradient goes"
+            ),
+            "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="what the MMD trains"),
+            "mmd_kernel": HParam("multi_gaussian", choices=KERNELS),
+            "strategy": HParam("joint", choices=("joint", "alternate", "two_stage")),
+        }
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        h = self.hparams
+        keep = max(1, round(h["gate_keep"] * self.tower.blocks[0].attn.num_heads))
+        self.adapters: list[nn.Parameter] = self.tower.add_adapters(*adapter_shape(h))
+        self.gates: list[nn.Parameter] = self.tower.add_gates(h["gates"], keep)
+        if h["gate_shuffle"]:
+            self.tower.shuffle_gates()
+        self.routed = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}[
+            h["mmd_route"]
+        ]
+        self.scales: list[Tensor] | None = None
+        """Bandwidths of the MMD, one a pair of domains, to hold them fixed; None: from each batch."""
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self.steps_done: Tensor
+        self.train_with(
+            {"params": self.adapters, "lr": h["lr"], "weight_decay": h["weight_decay"]},
+            {"params": self.gates, "lr": h["lr"] * h["gate_lr_factor"], "weight_decay": 0.0},
+        )
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        super().validate(hparams)
+        targets, rank, rank_last = adapter_shape(hparams)
+        if hparams["gates"] == "none" and not (targets and rank + rank_last):
+            raise UsageError("gates=none without adapters has nothing to train")
+        if hparams["gates"] == "none" and hparams["gate_shuffle"]:
+            raise UsageError("gate_shuffle needs gates")
+
+    def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        """The two losses of the method, as scalars with their graphs: `ce` and `mmd` (unweighted)."""
+        x, y = join(minibatches)
+        trace: list[Trace] = []
+        features = self.encode(x, trace)
+        ce = F.cross_entropy(self.classify(features), y)
+        return {"ce": ce, "mmd": self.discrepancy(features, trace, [len(x) for x, _ in minibatches])[0]}
+
+    def discrepancy(self, features: Tensor, trace: list[Trace], sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """MMD between the domains, whose `sizes` split the batch, and its bandwidths.
+
+        At `output` of the unit-norm image feature; at `layers` of every layer's class token, mean over layers.
+        """
+        if self.hparams["mmd_level"] == "layers":
+            features = self.layer_features(trace)  # (layers, B, D)
+        with torch.autocast(features.device.type, enabled=False):
+            return mmd(features.split(sizes, dim=-2), self.hparams["mmd_kernel"], self.scales)
+
+    def layer_features(self, trace: list[Trace]) -> Tensor:
+        """Each layer's class token after the attention output is added, layer-normalised, (layers, B, D).
+
+        Without the normalisation, fixed bandwidths saturate: CLIP's residual stream grows with depth.
+        Local reach cuts each layer off from those below, so that its MMD sees this layer's own parameters only.
+        """
+        tokens = []
+        for block, layer in zip(self.tower.blocks, trace, strict=True):
+            if self.hparams["mmd_reach"] == "global":
+                tokens.append(layer.after[:, 0])
+                continue
+            before = layer.before.detach()
+            # The adapters sit between that input and the gates: for the gates alone, cut the heads' outputs off too.
+            heads = layer.heads.detach() if self.hparams["mmd_route"] == "gates" else block.heads(before)
+            tokens.append(block.attend(before[:, :1], heads[:, :1])[:, 0])
+        z = torch.stack(tokens)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return F.layer_norm(z, z.shape[-1:])
+
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
+        """One step: cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
+        assert self.optimizer is not None
+        frozen, use_mmd = self.stage()
+        losses = self.losses(minibatches)
+        self.optimizer.zero_grad()
+
+        # The MMD's gradient goes to the routed parameters alone; one backward() of the sum could not do that.
+        gradients: tuple[Tensor | None, ...] = ()
+        if use_mmd and losses["mmd"].requires_grad:
+            loss = self.hparams["mmd_weight"] * losses["mmd"]
+            gradients = torch.autograd.grad(loss, self.routed, retain_graph=True, allow_unused=True)
+        losses["ce"].backward()
+        for parameter, gradient in zip(self.routed, gradients, strict=False):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+        for parameter in frozen:
+            parameter.grad = None
+        self.step()
+        self.steps_done += 1
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def stage(self) -> tuple[list[nn.Parameter], bool]:
+        """What this step leaves alone, and whether it uses the MMD.
+
+        joint: nothing. two_stage: in the first half cross-entropy trains the adapters, with the gates at their start;
+        in the second, the adapters stay and both losses train the gates. alternate: these two by turns.
+        """
+        step, strategy = int(self.steps_done), self.hparams["strategy"]
+        use_mmd = self.hparams["mmd_weight"] > 0 and bool(self.routed)
+        if strategy == "joint":
+            return [], use_mmd
+        first = step % 2 == 0 if strategy == "alternate" else 2 * step < self.hparams["steps"]
+        return (self.gates, False) if first else (self.adapters, use_mmd)
+
+    @torch.no_grad()
+    def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
+        """MMD between the training environments' validation images, bandwidths held at their first value; the gates."""
+        x, _ = join(minibatches)
+        trace: list[Trace] = []
+        features = self.encode(x, trace)
+        self.scales = self.validation_scales
+        value, scales = self.discrepancy(features, trace, [len(x) for x, _ in minibatches])
+        self.scales, self.validation_scales = None, scales
+        return {"val_mmd": value.item(), "gate_shift": (self.tower.gates() - 1).abs().max().item()}
+
+    validation_scales: list[Tensor] | None = None

@@ -1,0 +1,99 @@
+"""Hyperparameters: each one is a default and a sampler that draws from a stream seeded by its own name.
+
+As in DomainBed's hparams_registry.py a new hparam therefore never moves another one's draw.
+They are declared beside the code that reads them, as `Algorithm.HPARAMS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainbed_hp.registry import ALGORITHMS, UsageError, load, unknown
+from domainbed_hp.seeds import seed_hash
+
+SMALL_IMAGES = ("Debug28",)
+"""Data sets that DomainBed gives larger learning rates and batches."""
+
+
+@dataclass(frozen=True)
+class HParam:
+    """One hyperparameter; without `sample` a random draw keeps the default."""
+
+    default: Any
+    sample: Callable[[np.random.RandomState], Any] | None = None
+    help: str = ""
+    choices: tuple[Any, ...] = ()
+    at_least: float | None = None
+
+    def draw(self, name: str, seed: int) -> Any:
+        """The value of random seed `seed`; numpy scalars become Python's, so that JSON can hold them."""
+        if self.sample is None:
+            return self.default
+        value = self.sample(np.random.RandomState(seed_hash(seed, name)))
+        return value.item() if isinstance(value, np.generic) else value
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value`, with an int widened to float where the default is one; `UsageError` where it does not fit."""
+        kind = type(self.default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UsageError(
+                f"hparam {name}: got {value!r} ({type(value).__name__}), "
+                f"expected {kind.__name__}, e.g. {self.default!r}"
+            )
+        if self.choices and value not in self.choices:
+            raise UsageError(f"hparam {name}: got {value!r}, known: {', '.join(map(repr, self.choices))}")
+        if self.at_least is not None and not value >= self.at_least:
+            raise UsageError(f"hparam {name}: got {value!r}, expected at least {self.at_least:g}")
+        return value
+
+
+def log_uniform(base: float, low: float, high: float) -> Callable[[np.random.RandomState], float]:
+    """Sampler of base^U(low, high)."""
+    return lambda r: base ** r.uniform(low, high)
+
+
+def choice(*values: Any) -> Callable[[np.random.RandomState], Any]:
+    """Sampler of one of `values`."""
+    return lambda r: r.choice(values)
+
+
+def known(algorithm: str, dataset: str) -> dict[str, HParam]:
+    """The hparams that `algorithm` reads; imports the algorithm."""
+    hparams: dict[str, HParam] = load(ALGORITHMS, "algorithm", algorithm).hparams_for(dataset)
+    return hparams
+
+
+def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
+    """The defaults, `hparams_seed` 0."""
+    return {name: h.default for name, h in known(algorithm, dataset).items()}
+
+
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
+    """One random draw of every hparam."""
+    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset).items()}
+
+
+def resolve(
+    algorithm: str, dataset: str, hparams_seed: int, trial_seed: int, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The hparams of one run: defaults or a draw, then `overrides`, checked against the known names and types.
+
+    Source of the seeds: DomainBed's scripts/train.py, `random_hparams(..., seed_hash(hparams_seed, trial_seed))`.
+    """
+    table = known(algorithm, dataset)
+    if hparams_seed == 0:
+        hparams = default_hparams(algorithm, dataset)
+    else:
+        hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed))
+    for name, value in overrides.items():
+        if name not in table:
+            raise unknown(f"hparam of {algorithm}", name, table)
+        hparams[name] = table[name].check(name, value)
+    load(ALGORITHMS, "algorithm", algorithm).validate(hparams)
+    return hparams

@@ -1,0 +1,239 @@
+"""CLIP by open_clip: which checkpoint, its image tower on our own attention, its text features, export.
+
+Preprocessing belongs to the weights: image size, interpolation and normalisation come with them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from domainbed_hp.networks.vit import VisionTower
+from domainbed_hp.registry import UsageError, unknown
+
+LOCAL_DIR = "local-dir:"
+MINI = Path(str(files("domainbed_hp.networks"))) / "mini"
+"""The embedded small CLIP: `clip_model=mini`, `clip_pretrained=shapes`."""
+
+WHAT_TO_PASS = (
+    "Pass clip_pretrained=PATH (a checkpoint file), clip_pretrained=local-dir:FOLDER (open_clip_config.json and "
+    "weights), clip_pretrained=random, or the embedded clip_model=mini clip_pretrained=shapes."
+)
+
+
+class ClipPixels(NamedTuple):
+    """The images that a tower takes; `crop`: short side to `size`, then centre crop. `squash`: both sides to `size`."""
+
+    size: int
+    resize: Literal["crop", "squash"]
+    interpolation: Literal["bicubic", "bilinear"]
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Where a CLIP comes from, known without building it."""
+
+    name: str
+    """What open_clip takes: a model name, or `local-dir:` and a folder."""
+    pretrained: str | None
+    """A tag or a checkpoint file; None: the folder's own weights, or none."""
+    random: bool
+    model_cfg: dict[str, Any]
+    preprocess: dict[str, Any]
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.name.removeprefix(LOCAL_DIR)) if self.name.startswith(LOCAL_DIR) else None
+
+    @property
+    def pixels(self) -> ClipPixels:
+        resize: Literal["crop", "squash"] = "crop" if self.preprocess["resize_mode"] == "shortest" else "squash"
+        return ClipPixels(self.model_cfg["vision_cfg"].get("image_size", 224), resize, self.preprocess["interpolation"])
+
+
+def find_clip(model: str, pretrained: str) -> ClipSource:
+    """Resolve `clip_model` and `clip_pretrained`; `UsageError` for what is unknown, missing or cannot be treated.
+
+    `pretrained` is a tag, a checkpoint file, `local-dir:FOLDER` (which brings its own model) or `random`.
+    """
+    random = pretrained == "random"
+    checkpoint: str | None = None
+    preprocess: dict[str, Any] = {}
+    if pretrained.startswith(LOCAL_DIR):
+        name = pretrained
+    elif model == "mini":
+        name = LOCAL_DIR + str(MINI)
+        if pretrained != "shapes" and not random:
+            checkpoint = _checkpoint_file(pretrained, ["shapes"])
+    else:
+        name = model
+        if model not in open_clip.list_models():
+            raise unknown("clip_model", model, ["mini", *filter(_treatable, open_clip.list_models())])
+        _check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained in tags:
+            checkpoint, preprocess = pretrained, open_clip.get_pretrained_cfg(model, pretrained)
+            _check_gelu(model, pretrained)
+        elif not random:
+            checkpoint = _checkpoint_file(pretrained, tags)
+    if name.startswith(LOCAL_DIR):
+        config = _read_config(Path(name.removeprefix(LOCAL_DIR)))
+        model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        _check_tower(name, model_cfg["vision_cfg"])
+    else:
+        model_cfg = open_clip.get_model_config(model)
+    defaults = vars(PreprocessCfg())
+    preprocess = merge_preprocess_dict(defaults, preprocess)
+    if preprocess["resize_mode"] not in ("shortest", "squash"):
+        raise UsageError(f"{name}: resize_mode {preprocess['resize_mode']!r}, known: shortest, squash")
+    return ClipSource(name, checkpoint, random, model_cfg, preprocess)
+
+
+def clip_pixels(model: str, pretrained: str) -> ClipPixels:
+    """The images that a CLIP takes, from its configuration alone."""
+    return find_clip(model, pretrained).pixels
+
+
+@dataclass
+class Clip:
+    """A loaded CLIP. Drop it after `text_features` and the text tower goes; the image tower is a module of its own."""
+
+    source: ClipSource
+    visual: VisionTower
+    logit_scale: float
+    """T, the factor of the cosine; 100 for OpenAI's weights."""
+    _model: open_clip.CLIP
+
+    @property
+    def embed_dim(self) -> int:
+        return self.visual.embed_dim
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit-norm text features, (len(prompts), E)."""
+        tokenize = _tokenizer(self.source)
+        batches = [self._model.encode_text(tokenize(list(prompts[i : i + 256]))) for i in range(0, len(prompts), 256)]
+        return F.normalize(torch.cat(batches).float(), dim=-1)
+
+
+def load_clip(model: str, pretrained: str) -> Clip:
+    """Load a CLIP in fp32 on the CPU; every parameter of its image tower has `requires_grad`."""
+    source = find_clip(model, pretrained)
+    clip = _create(source)
+    clip.eval()
+    visual = VisionTower(clip.visual, source.preprocess["mean"], source.preprocess["std"])
+    del clip.visual
+    return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip)
+
+
+def export_clip(source: ClipSource, visual: dict[str, Tensor], folder: Path) -> None:
+    """Write a folder for open_clip's `local-dir:`: the source checkpoint with its `visual.*` weights replaced.
+
+    `visual` must have exactly the source's `visual.*` names and shapes (ValueError).
+    """
+    if source.random:
+        raise UsageError(
+            "clip_pretrained=random cannot be exported: its text tower is gone. Train from a checkpoint file."
+        )
+    state = _create(source).state_dict()
+    expected = {k: v.shape for k, v in state.items() if k.startswith("visual.")}
+    if {k: v.shape for k, v in visual.items()} != expected:
+        raise ValueError(f"visual weights do not fit {source.name}: {sorted(expected.keys() ^ visual.keys())[:5]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous().cpu() for k, v in (state | visual).items()}, folder / "open_clip_model.safetensors")
+    preprocess = {k: source.preprocess[k] for k in ("mean", "std", "interpolation", "resize_mode")}
+    config = {"model_cfg": source.model_cfg, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    bpe = source.model_cfg["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
+    if bpe and source.folder:
+        shutil.copyfile(source.folder / bpe, folder / bpe)
+
+
+def _create(source: ClipSource) -> open_clip.CLIP:
+    """open_clip's model with the source's weights."""
+    in_folder = source.pretrained is None and not source.random
+    try:
+        clip = open_clip.create_model(
+            source.name,
+            pretrained=None if source.folder else source.pretrained,
+            load_weights=in_folder or source.folder is None,
+            require_pretrained=not source.random and (in_folder or source.folder is None),
+        )
+        if source.folder and source.pretrained:
+            open_clip.load_checkpoint(clip, source.pretrained)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"cannot load CLIP {source.name!r} with {source.pretrained or 'its own weights'!r}: {error}\n{WHAT_TO_PASS}"
+        ) from error
+    return clip
+
+
+def _tokenizer(source: ClipSource) -> Any:
+    kwargs = {}
+    bpe = source.model_cfg["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
+    if bpe and source.folder:  # open_clip would look for it in the current folder
+        kwargs["bpe_path"] = str(source.folder / bpe)
+    return open_clip.get_tokenizer(source.name, **kwargs)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "open_clip_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        config["model_cfg"]["vision_cfg"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"local-dir:{folder}: cannot read {path.name}: {error!r}. {WHAT_TO_PASS}") from error
+    return config
+
+
+def _checkpoint_file(path: str, tags: list[str]) -> str:
+    if not Path(path).is_file():
+        raise UsageError(f"clip_pretrained={path!r} is no file and no known tag ({', '.join(tags)}). {WHAT_TO_PASS}")
+    return path
+
+
+def _check_gelu(model: str, tag: str) -> None:
+    """open_clip only warns when a tag was trained with the other GELU; the features would be wrong."""
+    trained = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    if trained != bool(open_clip.get_model_config(model).get("quick_gelu", False)):
+        other = f"{model}-quickgelu" if trained else model.removesuffix("-quickgelu")
+        raise UsageError(f"{model!r} and tag {tag!r} differ in their GELU: pass clip_model={other}")
+
+
+def _obstacle(vision: dict[str, Any]) -> str | None:
+    """What keeps the method from a tower's heads, if anything."""
+    if "timm_model_name" in vision:
+        return f"a timm tower ({vision['timm_model_name']})"
+    if not isinstance(vision.get("layers", 12), int):
+        return "a ResNet tower"
+    if vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
+        return "a tower without class-token pooling"
+    if any(vision.get(k) for k in ("block_type", "qk_norm", "scaled_cosine_attn", "scale_heads")):
+        return "a tower with custom attention"
+    return None
+
+
+def _treatable(model: str) -> bool:
+    return _obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
+
+
+def _check_tower(name: str, vision: dict[str, Any]) -> None:
+    """Refuse, by name, towers whose heads the method cannot reach."""
+    obstacle = _obstacle(vision)
+    if obstacle:
+        raise UsageError(
+            f"{name!r} has {obstacle}; attention heads are reached in open_clip's ViTs with a class token, "
+            "e.g. ViT-B-16-quickgelu, ViT-B-32, ViT-L-14"
+        )

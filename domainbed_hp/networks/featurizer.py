@@ -1,0 +1,178 @@
+"""Featurizer and classifier of the classic algorithms (DomainBed's networks.py): ResNet, a CLIP tower, a small CNN.
+
+Every featurizer takes x (B, 3, S, S) in [0, 1], normalises it for itself and gives (B, `n_outputs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from domainbed_hp.registry import UsageError, unknown
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESNETS = ("resnet18", "resnet50")
+BACKBONES = (*RESNETS, "clip", "small")
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without its last layer, with dropout; `freeze_bn` keeps batch norm in evaluation mode."""
+
+    def __init__(self, name: str, weights: str, dropout: float, freeze_bn: bool) -> None:
+        super().__init__()
+        self.normalise = Normalise()
+        self.network = resnet(name, weights)
+        self.n_outputs = self.network.fc.in_features
+        self.network.fc = nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.freeze_bn = freeze_bn
+        self.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.dropout(self.network(self.normalise(x)))
+        return features
+
+    def train(self, mode: bool = True) -> ResNet:
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+def resnet(name: str, weights: str) -> models.ResNet:
+    """torchvision's `name` with weights "imagenet" (IMAGENET1K_V1), "random" or from a file, whose `fc` is not used."""
+    build: Callable[..., models.ResNet] = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name]
+    if weights == "random":
+        return build()
+    if weights == "imagenet":
+        try:
+            return build(weights="IMAGENET1K_V1")
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                f"cannot download the ImageNet weights of {name} ({error}). Set hparam backbone_weights to the path "
+                "of torchvision's .pth file, or to 'random'"
+            ) from error
+    network = build()
+    expected = {key for key in network.state_dict() if not key.startswith("fc.")}
+    state = {key: value for key, value in read_state(weights).items() if key in expected}
+    if missing := sorted(expected - set(state)):
+        raise UsageError(
+            f"hparam backbone_weights: {weights} lacks {len(missing)} tensors of {name}, e.g. {missing[0]}"
+        )
+    try:
+        network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UsageError(f"hparam backbone_weights: {weights} does not fit {name}: {error}") from error
+    return network
+
+
+def read_state(path: str) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or a file of torch.save; no code in the file is run."""
+    if not Path(path).is_file():
+        raise UsageError(f"hparam backbone_weights: got {path!r}, expected 'imagenet', 'random' or the path of a file")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # garbage makes torch's unpickler raise anything, KeyError for one
+        raise UsageError(
+            f"hparam backbone_weights: {path} is no state dict of tensors, by torch.save or safetensors: {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise UsageError(f"hparam backbone_weights: {path} holds a {type(state).__name__}, expected a state dict")
+    return state
+
+
+class SmallCNN(nn.Module):
+    """Four convolutions with group norm, for images of any side from 16: DomainBed's MNIST_CNN.
+
+    # DEVIATION: the last two convolutions also halve the side, for images of 64 pixels; x is centred first.
+    """
+
+    n_outputs = 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise = Normalise((0.5,) * 3, (0.5,) * 3)
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 64, 1), (64, 128, 2), (128, 128, 2), (128, 128, 2)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU(), nn.GroupNorm(8, outputs)]
+        self.network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.network(self.normalise(x))
+        return features
+
+
+class CLIPTower(nn.Module):
+    """The image tower of a CLIP model, which trains whole."""
+
+    def __init__(self, model: str, pretrained: str) -> None:
+        super().__init__()
+        from domainbed_hp.networks.clip import load_clip
+
+        clip = load_clip(model, pretrained)
+        self.network = clip.visual.requires_grad_(True)
+        self.n_outputs: int = clip.embed_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.network(x)
+        return features
+
+
+def classifier(inputs: int, outputs: int, nonlinear: bool) -> nn.Module:
+    """Linear, or three layers that halve twice: DomainBed's Classifier."""
+    if not nonlinear:
+        return nn.Linear(inputs, outputs)
+    return nn.Sequential(
+        nn.Linear(inputs, inputs // 2),
+        nn.ReLU(),
+        nn.Linear(inputs // 2, inputs // 4),
+        nn.ReLU(),
+        nn.Linear(inputs // 4, outputs),
+    )
+
+
+def featurizer(
+    backbone: str,
+    *,
+    weights: str = "imagenet",
+    dropout: float = 0.0,
+    freeze_bn: bool = False,
+    clip_model: str = "ViT-B-16-quickgelu",
+    clip_pretrained: str = "openai",
+) -> ResNet | SmallCNN | CLIPTower:
+    """The network called `backbone`; options that it has no use for are ignored."""
+    if backbone in RESNETS:
+        return ResNet(backbone, weights, dropout, freeze_bn)
+    if backbone == "clip":
+        return CLIPTower(clip_model, clip_pretrained)
+    if backbone == "small":
+        return SmallCNN()
+    raise unknown("backbone", backbone, BACKBONES)

@@ -1,0 +1,84 @@
+"""Public name -> "module:attribute": what the package offers, in the order of every table, imported on first use.
+
+A lazy table keeps torch out of `--help`, `sweep status` and `collect_results`.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Bad input by the user. Scripts print it without a traceback and exit with code 2."""
+
+
+ALGORITHMS: dict[str, str] = {
+    "ZeroShotCLIP": "domainbed_hp.algorithms.zero_shot_clip:ZeroShotCLIP",
+    "ERM": "domainbed_hp.algorithms.erm:ERM",
+    "FineTuneCLIP": "domainbed_hp.algorithms.fine_tune_clip:FineTuneCLIP",
+    "LoRA": "domainbed_hp.algorithms.lora:LoRA",
+    "HeadPurification": "domainbed_hp.algorithms.head_purification:HeadPurification",
+}
+
+DATASETS: dict[str, str] = {
+    "Debug28": "domainbed_hp.datasets.debug:DEBUG28",
+    "Debug224": "domainbed_hp.datasets.debug:DEBUG224",
+    "ShapesDG": "domainbed_hp.datasets.shapes_dg:SHAPES_DG",
+    "VLCS": "domainbed_hp.datasets.vlcs:VLCS",
+    "PACS": "domainbed_hp.datasets.pacs:PACS",
+    "OfficeHome": "domainbed_hp.datasets.office_home:OFFICE_HOME",
+    "TerraIncognita": "domainbed_hp.datasets.terra_incognita:TERRA_INCOGNITA",
+    "DomainNet": "domainbed_hp.datasets.domain_net:DOMAIN_NET",
+}
+
+LAUNCHERS: dict[str, str] = {
+    "local": "domainbed_hp.launchers.local:launch",
+    "dummy": "domainbed_hp.launchers.dummy:launch",
+}
+
+ENTRY_POINT_GROUP = "domainbed_hp.algorithms"
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
+    """The error for a name that nobody knows: what was got, the nearest match, what is known."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+def load(table: dict[str, str], kind: str, name: str) -> Any:
+    """The object that `name` stands for; `UsageError` lists the known names."""
+    if name not in table and table is ALGORITHMS:
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            table.setdefault(point.name, point.value)
+    if name not in table:
+        raise unknown(kind, name, table)
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def import_plugin(module: str) -> list[str]:
+    """Register every `Algorithm` that a user's module defines, under its class name (`--import my_pkg.my_method`)."""
+    from domainbed_hp.algorithms.base import Algorithm
+
+    try:
+        plugin = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--import {module}: {error}. It is imported as `import {module}`, "
+            "from the current folder or an installed package."
+        ) from error
+    found = [
+        name
+        for name, value in vars(plugin).items()
+        if inspect.isclass(value) and issubclass(value, Algorithm) and value.__module__ == plugin.__name__
+    ]
+    if not found:
+        raise UsageError(f"--import {module}: it defines no subclass of domainbed_hp.algorithms.base.Algorithm")
+    for name in found:
+        ALGORITHMS[name] = f"{module}:{name}"
+    return found

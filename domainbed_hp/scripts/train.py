@@ -1,0 +1,50 @@
+"""Train one algorithm on one data set, leaving out `--test_envs`. DomainBed's flags and defaults, and a few more."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from domainbed_hp.registry import ALGORITHMS, DATASETS, import_plugin
+from domainbed_hp.scripts import run
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.train", description=__doc__)
+    p.add_argument("--data_dir", help="folder that holds PACS/, VLCS/, ...")
+    p.add_argument("--dataset", default="ShapesDG", help=", ".join(DATASETS))
+    p.add_argument("--algorithm", default="HeadPurification", help=", ".join(ALGORITHMS))
+    p.add_argument("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
+    p.add_argument("--hparams", help="JSON object of overrides")
+    p.add_argument("--hparams_seed", type=int, default=0, help="0: defaults; n > 0: a random draw")
+    p.add_argument("--trial_seed", type=int, default=0, help="of the splits, and of the draw")
+    p.add_argument("--seed", type=int, default=0, help="of initialisation and batches")
+    p.add_argument("--steps", type=int, help="default: the data set's")
+    p.add_argument("--checkpoint_freq", type=int, help="steps between records; default: the data set's")
+    p.add_argument("--test_envs", type=int, nargs="+", default=[0], help="indices of the environments left out")
+    p.add_argument("--output_dir", default="train_output")
+    p.add_argument("--holdout_fraction", type=float, default=0.2, help="of each environment, split `out`")
+    p.add_argument("--uda_holdout_fraction", type=float, default=0.0, help="of test environments, split `uda`")
+    p.add_argument("--skip_model_save", action="store_true")
+    p.add_argument("--save_model_every_checkpoint", action="store_true")
+    p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    p.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms")
+    p.add_argument("--label", help="row of the table; default: the algorithm")
+    p.add_argument("--eval_images", type=int, help="score at most so many images of each split")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args: dict[str, Any] = vars(parser().parse_args(argv))
+    for module in args["imports"]:
+        import_plugin(module)
+    from domainbed_hp.training import RunArgs, train  # after parsing: --help needs no torch
+
+    args |= {name: tuple(args[name]) for name in ("test_envs", "imports")}
+    train(RunArgs(**args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,301 @@
+"""A sweep: runs described once, made into jobs whose state is on disk.
+
+Importing this module imports no torch. `resolve_rows` does, because hparams stand beside the algorithms that read them;
+`save` keeps its answer in `<output_dir>/sweep.json`, so that the state of a sweep is told without torch.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from itertools import combinations, product
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from domainbed_hp import __version__, registry
+from domainbed_hp.registry import UsageError
+from domainbed_hp.seeds import seed_hash
+
+TRAIN_MODULE = "domainbed_hp.scripts.train"
+SWEEP_FILE = "sweep.json"
+# DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
+NOT_IDENTITY = ("data_dir", "output_dir", "device")
+
+
+def job_name(args: Mapping[str, Any]) -> str:
+    """The md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
+    return hashlib.md5(json.dumps(dict(args), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: the arguments of `train`, without its output_dir, and the folder it writes to."""
+
+    DONE, INCOMPLETE, NOT_LAUNCHED = "Done", "Incomplete", "Not launched"
+
+    args: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def under(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
+        identity = {key: value for key, value in args.items() if key not in NOT_IDENTITY}
+        return cls(args, output_dir / job_name(identity))
+
+    @property
+    def state(self) -> str:
+        if (self.folder / "done").exists():
+            return self.DONE
+        return self.INCOMPLETE if self.folder.exists() else self.NOT_LAUNCHED
+
+    @property
+    def command(self) -> list[str]:
+        """argv of the run, flags in sorted order; a list is several items, a boolean is a flag without a value."""
+        command = [sys.executable, "-m", TRAIN_MODULE]
+        for key, value in sorted({**self.args, "output_dir": self.folder}.items()):
+            command.append(f"--{key}")
+            if isinstance(value, list):
+                command += [str(item) for item in value]
+            elif value is not True:
+                command.append(str(value))
+        return command
+
+    def __str__(self) -> str:
+        row = self.args.get("label", self.args["algorithm"])
+        what = f"({self.args['dataset']!r}, {row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
+        return f"{self.state}: {self.folder} {what}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: an algorithm and what is set for it. An ablation is a row, not a class."""
+
+    algorithm: str
+    label: str = ""
+    hparams: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.label or self.algorithm
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """What a sweep runs. The fields are the keys of a sweep file; defaults are DomainBed's."""
+
+    output_dir: str
+    datasets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    data_dir: str = ""
+    task: str = "domain_generalization"
+    n_trials: int = 3
+    n_hparams_from: int = 0
+    n_hparams: int = 20
+    holdout_fraction: float = 0.2
+    single_test_envs: bool = False
+    test_envs: tuple[tuple[int, ...], ...] = ()
+    """Empty: every single environment and, unless `single_test_envs`, every pair."""
+    steps: int | None = None
+    checkpoint_freq: int | None = None
+    eval_images: int | None = None
+    precision: str | None = None
+    device: str | None = None
+    skip_model_save: bool = False
+    plugin: str | None = None
+    """Module with algorithms of the user's own, `--import`."""
+    launcher: str = "local"
+    max_parallel: int | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+    """`name: value` for every algorithm that knows the name, and `algorithm: {name: value}` for one alone."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str) -> "SweepSpec":
+        """A checked spec from the contents of a sweep file; `source` is named in errors."""
+        rows = values.get("rows", ())
+        if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+            raise UsageError(f"{source}: `rows` are tables: write [[rows]] above each")
+        rows = tuple(Row(**_typed(Row, row, f"[[rows]] of {source}")) for row in rows)
+        spec = cls(**_typed(cls, {**values, "rows": rows}, source))
+        if not (spec.output_dir and spec.datasets and spec.rows):
+            raise UsageError(f"{source}: output_dir, datasets and rows must not be empty")
+        if spec.n_trials < 1 or not 0 <= spec.n_hparams_from < spec.n_hparams:
+            seeds = f"n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}: seeds from the first, below the last"
+            raise UsageError(f"{source}: no jobs: n_trials {spec.n_trials}, {seeds}")
+        if spec.max_parallel is not None and spec.max_parallel < 1:
+            raise UsageError(f"{source}: max_parallel is {spec.max_parallel}; it must be at least 1")
+        names = [row.name for row in rows]
+        for row in rows:
+            if not row.name.startswith(row.algorithm):
+                raise UsageError(f"{source}: label {row.label!r} must start with its algorithm, {row.algorithm!r}")
+            if names.count(row.name) > 1:
+                raise UsageError(f"{source}: two rows are called {row.name!r}; give each a `label` of its own")
+        return spec
+
+
+def _typed(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`values` as arguments of the dataclass `cls`: known names, the right types, nothing missing, lists as tuples."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            raise registry.unknown(f"key of {source}:", name, hints)
+        if not _matches(value, hints[name]):
+            raise UsageError(f"{source}: {name} is {value!r}; expected {_wanted(hints[name])}")
+    missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
+    if missing:
+        raise UsageError(f"{source}: missing {', '.join(missing)}")
+    return {name: _frozen(value) for name, value in values.items()}
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_matches(value, each) for each in inner)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_matches(item, inner[0]) for item in value)
+    return type(value) in ((int, float) if hint is float else (origin or hint,))
+
+
+def _wanted(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return f"a list of {_wanted(inner[0])}"
+    return _wanted(inner[0]) if origin is UnionType else (origin or hint).__name__
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
+    """The rows with every hparam that applies to them, checked for all data sets; imports the algorithms.
+
+    Later wins: the spec's general hparams that the algorithm knows, those for this algorithm, the row's own.
+    `UsageError` for a name that no algorithm of the sweep knows, and for a value of the wrong type.
+    """
+    from domainbed_hp import hparams_registry
+
+    if spec.plugin:
+        registry.import_plugin(spec.plugin)
+    for name in spec.datasets:
+        registry.load(registry.DATASETS, "dataset", name)
+    algorithms = list(dict.fromkeys(row.algorithm for row in spec.rows))
+    names = {a: {h for d in spec.datasets for h in hparams_registry.known(a, d)} for a in algorithms}
+
+    general = {key: value for key, value in spec.hparams.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in spec.hparams.items() if isinstance(value, dict)}
+    for name in general:
+        if not any(name in known for known in names.values()):
+            raise registry.unknown("hparam", name, sorted(set().union(*names.values())))
+    for name in tables:
+        if name not in algorithms:
+            raise registry.unknown("algorithm with [hparams] of its own", name, algorithms)
+
+    rows = []
+    for row in spec.rows:
+        hparams = {name: value for name, value in general.items() if name in names[row.algorithm]}
+        hparams |= {**tables.get(row.algorithm, {}), **row.hparams}
+        for dataset in spec.datasets:
+            try:
+                hparams_registry.resolve(row.algorithm, dataset, spec.n_hparams_from, 0, hparams)
+            except UsageError as error:
+                raise UsageError(f"{row.name} on {dataset}: {error}") from error
+        rows.append(replace(row, hparams=hparams))
+    return tuple(rows)
+
+
+def check_data(spec: SweepSpec) -> None:
+    """`UsageError` where a data set cannot be opened."""
+    from domainbed_hp.datasets.spec import open_dataset
+
+    for name in spec.datasets:
+        dataset = registry.load(registry.DATASETS, "dataset", name)
+        if dataset.build is None:  # what is made cannot be missing
+            open_dataset(dataset, Path(spec.data_dir) if spec.data_dir else None)
+
+
+def choose_test_envs(spec: SweepSpec, dataset: str) -> list[list[int]]:
+    """The lists of test environments of one data set; by default [0], [0, 1], [0, 2], ..., [1], [1, 2], ..."""
+    count = len(registry.load(registry.DATASETS, "dataset", dataset).environments)
+    if spec.test_envs:
+        chosen = [list(envs) for envs in spec.test_envs]
+    elif spec.single_test_envs:
+        chosen = [[i] for i in range(count)]
+    else:
+        chosen = sorted([[i] for i in range(count)] + [list(pair) for pair in combinations(range(count), 2)])
+    for envs in chosen:
+        if not envs or len(set(envs)) < len(envs) or not set(envs) <= set(range(count)):
+            raise UsageError(f"test_envs {envs}: {dataset} has the environments 0 to {count - 1}; name each once")
+        if len(envs) == count:
+            hint = "" if spec.test_envs else ": give --single_test_envs"
+            raise UsageError(f"test_envs {envs} leave no environment of {dataset} to train on{hint}")
+    return chosen
+
+
+def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
+    """One job per trial, data set, row, test environments and hparams seed, nested in this order as in DomainBed.
+
+    A job's seed does not depend on the row's label, hparams or steps: rows of one algorithm see the same batches.
+    """
+    test_envs_of = {dataset: choose_test_envs(spec, dataset) for dataset in spec.datasets}
+    optional = ("checkpoint_freq", "eval_images", "precision", "device", "data_dir", "skip_model_save")
+    jobs = []
+    for trial_seed, dataset, row in product(range(spec.n_trials), spec.datasets, rows):
+        for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
+            args: dict[str, Any] = {
+                "dataset": dataset,
+                "algorithm": row.algorithm,
+                "test_envs": test_envs,
+                "holdout_fraction": spec.holdout_fraction,
+                "hparams_seed": hparams_seed,
+                "task": spec.task,
+                "trial_seed": trial_seed,
+                "seed": seed_hash(dataset, row.algorithm, test_envs, hparams_seed, trial_seed),
+            }
+            extra = {key: getattr(spec, key) for key in optional}
+            extra["steps"] = row.steps or spec.steps
+            extra["hparams"] = json.dumps(row.hparams, sort_keys=True) if row.hparams else None
+            extra["label"] = row.label
+            extra["import"] = spec.plugin
+            args |= {key: value for key, value in extra.items() if value}
+            jobs.append(Job.under(Path(spec.output_dir), args))
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise UsageError("the same job twice: a data set or an entry of test_envs is repeated")
+    return jobs
+
+
+def save(spec: SweepSpec, rows: Sequence[Row], jobs: Sequence[Job]) -> None:
+    """Write `<output_dir>/sweep.json` whole or not at all; what earlier launches left in the folder stays listed."""
+    path = Path(spec.output_dir) / SWEEP_FILE
+    ours = {row.name: {"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams} for row in rows}
+    earlier: list[Job] = []
+    before: dict[str, Any] = {}
+    if path.exists():
+        folders = {job.folder for job in jobs}
+        earlier = [j for j in load_jobs(path.parent) if j.folder not in folders and j.state != Job.NOT_LAUNCHED]
+    if earlier:
+        used = {job.args.get("label", job.args["algorithm"]) for job in earlier} | set(ours)
+        before = {row["label"]: row for row in json.loads(path.read_text())["rows"] if row["label"] in used}
+    content = {
+        "version": __version__,
+        "spec": asdict(spec),
+        "rows": list((before | ours).values()),
+        "jobs": [{"folder": job.folder.name, "args": job.args} for job in [*jobs, *earlier]],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def load_jobs(output_dir: Path) -> list[Job]:
+    """The jobs that `save` wrote, without importing an algorithm."""
+    path = output_dir / SWEEP_FILE
+    try:
+        return [Job(job["args"], output_dir / job["folder"]) for job in json.loads(path.read_text())["jobs"]]
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} not found: no sweep was launched into {output_dir}; see --output_dir") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a sweep file ({error!r}); delete it and launch again") from error
