@@ -27,8 +27,8 @@ class SelectionMethod:
         Equal `val_acc`: the higher hparams_seed, then the earlier step. NaN counts as -inf.
         """
         # DEVIATION: among the steps of one run, DomainBed's max() would keep a NaN that comes first.
-        found = self.candidates(frame).assign(rank=lambda found: found["val_acc"].fillna(-np.inf))
-        found = found.sort_values(["rank", "hparams_seed", "step"], ascending=[False, False, True])
+        order = ["val_acc", "hparams_seed", "step"]
+        found = self.candidates(frame).sort_values(order, ascending=[False, False, True], na_position="last")
         return found.drop_duplicates(GROUP)[CHOICE].sort_values(GROUP, ignore_index=True)
 
 

@@ -104,8 +104,8 @@ class SweepSpec:
     precision: str | None = None
     device: str | None = None
     skip_model_save: bool = False
-    plugin: str | None = None
-    """Module with algorithms of the user's own, `--import`."""
+    imports: tuple[str, ...] = ()
+    """Modules with algorithms of the user's own, `--import`."""
     launcher: str = "local"
     max_parallel: int | None = None
     hparams: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class SweepSpec:
         if not (spec.output_dir and spec.datasets and spec.rows):
             raise UsageError(f"{source}: output_dir, datasets and rows must not be empty")
         if spec.n_trials < 1 or not 0 <= spec.n_hparams_from < spec.n_hparams:
-            seeds = f"n_hparams_from {spec.n_hparams_from}, n_hparams {spec.n_hparams}: seeds from the first, below the last"
+            seeds = f"hparams seeds from {spec.n_hparams_from} (n_hparams_from) to below {spec.n_hparams} (n_hparams)"
             raise UsageError(f"{source}: no jobs: n_trials {spec.n_trials}, {seeds}")
         if spec.max_parallel is not None and spec.max_parallel < 1:
             raise UsageError(f"{source}: max_parallel is {spec.max_parallel}; it must be at least 1")
@@ -177,8 +177,8 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     """
     from domainbed_hp import hparams_registry
 
-    if spec.plugin:
-        registry.import_plugin(spec.plugin)
+    for module in spec.imports:
+        registry.import_plugin(module)
     for name in spec.datasets:
         registry.load(registry.DATASETS, "dataset", name)
     algorithms = list(dict.fromkeys(row.algorithm for row in spec.rows))
@@ -258,7 +258,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
             extra["steps"] = row.steps or spec.steps
             extra["hparams"] = json.dumps(row.hparams, sort_keys=True) if row.hparams else None
             extra["label"] = row.label
-            extra["import"] = spec.plugin
+            extra["import"] = list(spec.imports)
             args |= {key: value for key, value in extra.items() if value}
             jobs.append(Job.under(Path(spec.output_dir), args))
     if len({job.folder for job in jobs}) < len(jobs):

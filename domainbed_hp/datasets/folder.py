@@ -1,0 +1,129 @@
+"""Reads `domain/class/image` folders, in the order in which torchvision's ImageFolder does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from domainbed_hp.datasets.spec import DatasetSpec
+from domainbed_hp.registry import UsageError
+
+# torchvision.datasets.folder.IMG_EXTENSIONS; the same files in the same order give DomainBed's splits.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MAX_LISTED = 10
+
+
+class FolderImages:
+    """Images on disk, decoded at each access; an image that cannot be is a `UsageError` that names its path."""
+
+    def __init__(self, paths: list[str], labels: np.ndarray) -> None:
+        self.paths = paths
+        self.labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        # DEVIATION: DomainBed sets LOAD_TRUNCATED_IMAGES, which fills what is missing of a damaged file with grey.
+        try:
+            with Image.open(self.paths[i]) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
+
+
+def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], list[FolderImages]]:
+    """Class names and one `FolderImages` per environment; `UsageError` lists everything that is wrong.
+
+    Reads names and image headers, decodes nothing.
+    """
+    root = data_dir / spec.folder
+    try:
+        found = subfolders(root)
+    except OSError as error:
+        raise UsageError(
+            f"{spec.name}: cannot read {root}: {error.strerror}. "
+            f"--data_dir is the folder that holds {spec.folder}/, which holds {', '.join(spec.domain_folders)}"
+        ) from error
+    problems = differences(f"environment folder of {root}", spec.domain_folders, found)
+    classes = {}
+    for domain in [name for name in spec.domain_folders if name in found]:
+        try:
+            classes[domain] = subfolders(root / domain)
+        except OSError as error:
+            problems.append(f"cannot read {root / domain}: {error.strerror}")
+    # DEVIATION: DomainBed numbers the classes of each environment by itself; a missing folder shifts its labels.
+    names = spec.class_names or tuple(sorted(set().union(*classes.values())))
+    if classes and len(names) != spec.num_classes:
+        problems.append(f"found {len(names)} classes in all, expected {spec.num_classes}")
+
+    environments = []
+    for domain, folders in classes.items():
+        problems += differences(f"class folder of {root / domain}", names, folders)
+        files = [(path, label) for label, name in enumerate(names) for path in images(root / domain / name)]
+        filled = {label for _, label in files}
+        problems += [
+            f"no images in {root / domain / name}"
+            for label, name in enumerate(names)
+            if name in folders and label not in filled
+        ]
+        problems += [problem for path, _ in files if (problem := header_problem(path))]
+        environments.append(FolderImages([path for path, _ in files], np.array([label for _, label in files], int)))
+    if problems:
+        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        raise UsageError(
+            "\n  ".join([f"{spec.name} in {root} is not as expected:", *problems[:MAX_LISTED], *more])
+            + "\nMove away what does not belong there and copy or download again what is missing."
+        )
+    counts = tuple(len(environment) for environment in environments)
+    if spec.image_counts and counts != spec.image_counts:
+        # Not warnings.warn: a count that differs is no reason to stop where warnings are errors.
+        print(
+            f"warning: {spec.name} in {root} has {counts} images per environment, expected {spec.image_counts}; "
+            "published results are of the latter",
+            file=sys.stderr,
+        )
+    return names, environments
+
+
+def differences(what: str, expected: tuple[str, ...], found: list[str]) -> list[str]:
+    """One line per missing and per unexpected folder."""
+    return [f"missing {what}: {name}" for name in expected if name not in found] + [
+        f"unexpected {what}: {name}" for name in found if name not in expected
+    ]
+
+
+def ignored(name: str) -> bool:
+    """Whether `name` is hidden or litter of an archive program."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not ignored(entry.name))
+
+
+def images(folder: Path) -> Iterator[str]:
+    """Paths of the images under `folder` in ImageFolder's order; anything else is ignored."""
+    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+        if any(map(ignored, Path(parent).relative_to(folder).parts)):
+            continue
+        for name in sorted(files):
+            if name.lower().endswith(EXTENSIONS) and not ignored(name):
+                yield os.path.join(parent, name)
+
+
+def header_problem(path: str) -> str | None:
+    """What is wrong with the header of an image file, if anything."""
+    try:
+        with Image.open(path):
+            return None
+    except UnidentifiedImageError:
+        return f"not an image: {path}"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"cannot read {path}: {error}"

@@ -1,0 +1,96 @@
+"""What a data set is: one `DatasetSpec` of facts, and one `Images` per environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from domainbed_hp.registry import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Images(Protocol):
+    """The raw images of one environment; `labels` is (N,) int64, an item is an RGB image."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Image: ...
+
+
+class ArrayImages:
+    """Images held in memory: uint8 array (N, H, W, 3) and labels (N,)."""
+
+    def __init__(self, array: np.ndarray, labels: np.ndarray) -> None:
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or labels.shape != array.shape[:1]:
+            raise ValueError(
+                f"got array {array.dtype} {array.shape} and labels {labels.shape}, expected uint8 (N, H, W, 3) and (N,)"
+            )
+        self.array = array
+        self.labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, i: int) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.array[i])
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """The facts of one data set; per-environment tuples are in the order of `environments`.
+
+    A folder data set lies in `data_dir/folder/domain_folders[i]/<class>/<image>`; one that is made gives `build`.
+    """
+
+    name: str
+    environments: tuple[str, ...]
+    """Labels of the environments, as DomainBed's ENVIRONMENTS."""
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    """In the order of the class index; None: the sorted class folders."""
+    folder: str = ""
+    domain_folders: tuple[str, ...] = ()
+    image_counts: tuple[int, ...] = ()
+    """Images per environment; empty: not known for certain."""
+    image_size: int = 224
+    """Side of x for algorithms that have no tower of their own."""
+    steps: int = 5001
+    checkpoint_freq: int = 300
+    licence: str = ""
+    citation: str = ""
+    homepage: str = ""
+    build: Callable[[], list[Images]] | None = None
+    """Makes the environments' images; such data needs no `data_dir`."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set: `environments[i]` are the raw images of environment i."""
+
+    spec: DatasetSpec
+    class_names: tuple[str, ...]
+    environments: list[Images]
+
+
+def open_dataset(spec: DatasetSpec, data_dir: Path | None) -> Dataset:
+    """The images of every environment; `UsageError` lists everything that is wrong with the folder."""
+    if spec.build is not None:
+        names = spec.class_names or tuple(str(i) for i in range(spec.num_classes))
+        return Dataset(spec, names, spec.build())
+    if data_dir is None:
+        raise UsageError(f"{spec.name} is read from disk: pass --data_dir, the folder that holds {spec.folder}/")
+    from domainbed_hp.datasets.folder import read_folder
+
+    names, environments = read_folder(spec, data_dir)
+    return Dataset(spec, names, [*environments])
