@@ -61,7 +61,7 @@ def test_bad_weights_are_refused(resnet18, tmp_path, monkeypatch):
     torch.save([1, 2], "list.pth")
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "code.pth").write_bytes(pickle.dumps({"conv1.weight": Harmful()}))
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"conv1.weight": Harmful()}, protocol=2))
     for name, message in (
         ("nowhere.pth", "expected 'imagenet', 'random' or the path of a file"),
         ("short.pth", "lacks 1 tensors of resnet18, e.g. conv1.weight"),

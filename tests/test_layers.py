@@ -1,0 +1,72 @@
+"""Imports point down, and the reporting half needs no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import domainbed_hp
+
+PACKAGE = Path(domainbed_hp.__file__).parent
+BELOW = {
+    "scripts": {"training", "models", "sweep", "tables", "model_selection", "records", "hparams_registry",
+                "algorithms", "networks", "datasets", "launchers"},
+    "training": {"algorithms", "datasets", "hparams_registry", "records", "models", "logs"},
+    "models": {"algorithms"},
+    "logs": set(),
+    "sweep": {"launchers", "records", "hparams_registry", "datasets"},
+    "tables": {"model_selection", "records"},
+    "model_selection": {"records"},
+    "records": set(),
+    "algorithms": {"networks", "hparams_registry"},
+    "hparams_registry": set(),
+    "networks": set(),
+    "datasets": set(),
+    "launchers": set(),
+    "registry": {"algorithms"},
+    "seeds": set(),
+}  # fmt: skip
+
+
+def arrows() -> list[tuple[str, str, str]]:
+    """(file, layer, imported layer) for every import of the package by itself."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            for module in modules:
+                parts = module.split(".")
+                if parts[0] == "domainbed_hp" and len(parts) > 1 and parts[1] in BELOW and parts[1] != layer:
+                    found.append((str(path.relative_to(PACKAGE)), layer, parts[1]))
+    return found
+
+
+def test_imports_point_down() -> None:
+    allowed = {layer: below | {"registry", "seeds"} for layer, below in BELOW.items()}
+    wrong = [(file, to) for file, layer, to in arrows() if layer != "__init__" and to not in allowed[layer]]
+    assert not wrong
+    assert len(arrows()) > 50
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["scripts.collect_results", "scripts.sweep", "scripts.train", "scripts.export", "records", "tables", "registry"],
+)
+def test_no_torch_before_it_is_needed(module: str) -> None:
+    code = f"import domainbed_hp.{module}, sys; assert not {{'torch', 'torchvision', 'open_clip'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_name_of_the_registry_exists() -> None:
+    from domainbed_hp.registry import ALGORITHMS, DATASETS, LAUNCHERS, load
+
+    for table in (ALGORITHMS, DATASETS, LAUNCHERS):
+        for name in table:
+            assert load(table, "name", name) is not None

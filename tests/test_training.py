@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from domainbed_hp import hparams_registry, training
+from domainbed_hp.models import load_model
+from domainbed_hp.registry import UsageError
+from domainbed_hp.scripts import run
+from domainbed_hp.scripts.train import main
+from domainbed_hp.training import RunArgs, train
+
+MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'
+
+
+def go(folder: Path, **kwargs: Any) -> list[dict[str, Any]]:
+    """A short run on Debug28; its records."""
+    settings = {"dataset": "Debug28", "hparams": MINI, "steps": 4, "checkpoint_freq": 2, "seed": 3} | kwargs
+    train(RunArgs(output_dir=str(folder), **settings))
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for record in records:
+        del record["step_time"], record["args"]["output_dir"]
+    return records
+
+
+def test_records_have_what_domainbed_reads(tmp_path: Path) -> None:
+    records = go(tmp_path / "run", test_envs=(1,), label="mine")
+    assert [r["step"] for r in records] == [0, 2, 3]
+    for r in records:
+        assert {"trial_seed", "dataset", "algorithm", "test_envs", "hparams_seed", "output_dir"} <= r["args"].keys()
+        assert {f"env{i}_{s}_acc" for i in range(3) for s in ("in", "out")} <= r.keys()
+        assert {"epoch", "step_time", "mem_gb", "hparams", "versions", "ce", "mmd", "val_mmd", "gate_shift"} <= r.keys()
+        assert r["args"]["test_envs"] == [1] and r["hparams"]["batch_size"] == 4
+        assert r["epoch"] == pytest.approx(r["step"] / (13 / 4))  # 16 images, 3 held out
+    assert (tmp_path / "run" / "done").read_text() == "done"
+    out = (tmp_path / "run" / "out.txt").read_text()
+    assert "HParams:" in out and "env0_in_acc" in out
+
+
+def test_same_arguments_same_records(tmp_path: Path) -> None:
+    a, b = (without_times(go(tmp_path / name)) for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("algorithm", ["HeadPurification", "ERM"])
+def test_checkpoint_freq_never_changes_the_weights(tmp_path: Path, algorithm: str) -> None:
+    hparams = MINI if algorithm != "ERM" else '{"batch_size": 4, "resnet_dropout": 0.5}'
+    weights = []
+    for freq in (1, 4):
+        go(tmp_path / f"{freq}", checkpoint_freq=freq, algorithm=algorithm, hparams=hparams)
+        weights.append(load_file(tmp_path / f"{freq}" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
+    records = go(tmp_path / "run", dataset="ShapesDG", eval_images=40, save_model_every_checkpoint=True)
+    algorithm, recipe = load_model(tmp_path / "run")
+    assert recipe.algorithm == "HeadPurification" and len(recipe.class_names) == 10
+    assert (tmp_path / "run" / "model_step2.safetensors").is_file()
+    dataset = training.open_dataset(training.load(training.DATASETS, "dataset", "ShapesDG"), None)
+    split = training.splits([len(e) for e in dataset.environments], (0,), 0)
+    pixels = type(algorithm).pixels(recipe.hparams, 64)
+    loader = training.eval_loaders(dataset.environments, split, 64, pixels, max_images=40)["env0_out"]
+    assert training.accuracy(algorithm, loader, torch.device("cpu")) == records[-1]["env0_out_acc"]
+
+
+def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
+    go(tmp_path / "run", hparams=MINI.replace("4", "32"), steps=1)  # Debug28 has 13 training images
+
+
+def test_methods_that_do_not_train_run_for_one_step(tmp_path: Path) -> None:
+    assert [r["step"] for r in go(tmp_path / "run", algorithm="ZeroShotCLIP", steps=50)] == [0]
+
+
+def test_domain_adaptation_gives_unlabeled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    update = training.get_algorithm_class("LoRA").update
+    monkeypatch.setattr(
+        training.get_algorithm_class("LoRA"), "update", lambda s, m, u: (seen.append(u), update(s, m))[1]
+    )
+    records = go(tmp_path / "a", algorithm="LoRA", task="domain_adaptation", uda_holdout_fraction=0.5, test_envs=(2,))
+    assert all(len(u) == 1 and u[0].shape == (4, 3, 64, 64) for u in seen)
+    assert "env2_uda_acc" in records[0]
+    with pytest.raises(UsageError, match="uda"):
+        go(tmp_path / "b", algorithm="LoRA", task="domain_adaptation")
+
+
+def test_random_hparams_are_json_and_bf16_runs(tmp_path: Path) -> None:
+    records = go(tmp_path / "run", hparams_seed=3, hparams='{"clip_model": "mini", "clip_pretrained": "shapes"}',
+                 precision="bf16", steps=2)  # fmt: skip
+    drawn = hparams_registry.random_hparams(
+        "HeadPurification", "Debug28", training.seed_hash(3, 0)
+    ) | {"clip_model": "mini", "clip_pretrained": "shapes"}  # fmt: skip
+    assert records[0]["hparams"] == drawn
+
+
+def test_nan_stops_the_run_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.get_algorithm_class("LoRA"), "update", lambda *_: {"ce": float("nan")})
+    with pytest.raises(FloatingPointError, match="ce is nan at step 0"):
+        go(tmp_path / "run", algorithm="LoRA")
+    assert "ce is nan" in (tmp_path / "run" / "err.txt").read_text()
+    assert not (tmp_path / "run" / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--algorithm", "HeadPurificaton"], "Did you mean 'HeadPurification'"),
+        (["--dataset", "PAC"], "Did you mean 'PACS'"),
+        (["--hparams", '{"lora_rnk": 2}'], "Did you mean 'lora_rank'"),
+        (["--hparams", '{"lora_rank": "2"}'], "expected int"),
+        (["--hparams", '{"gates": "soft"}'], "known: 'softmax'"),
+        (["--hparams", "lr=1"], "expected a JSON object"),
+        (["--hparams", "[1]"], "expected a JSON object"),
+        (["--hparams", '{"clip_model": "RN50"}'], "has a ResNet tower"),
+        (["--hparams", '{"clip_pretrained": "/nowhere.pt"}'], "is no file and no known tag"),
+        (["--dataset", "PACS"], "pass --data_dir"),
+        (["--dataset", "PACS", "--data_dir", "/nowhere"], "/nowhere"),
+        (["--test_envs", "4"], "0 to 3"),
+        (["--test_envs", "0", "1", "2", "3"], "no environment to train on"),
+        (["--steps", "0"], "at least 1"),
+        (["--device", "tpu"], "Known here: cpu"),
+        (["--import", "no_such_module"], "No module named"),
+        (["--holdout_fraction", "1.5"], "holdout_fraction"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_built(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "build", lambda *_: pytest.fail("a model was built"))
+    if not any("clip_" in a for a in argv):
+        argv = [*argv, *([] if "--hparams" in argv else ["--hparams", MINI])]
+    assert run(main, [*argv, "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    go(tmp_path / "run", algorithm="ZeroShotCLIP")
+    with pytest.raises(UsageError, match="already holds a run"):
+        go(tmp_path / "run", algorithm="ZeroShotCLIP")
