@@ -60,7 +60,7 @@ def test_preprocessing_belongs_to_the_weights(tmp_path: Path) -> None:
     source = find_clip("mini", f"local-dir:{tmp_path}/m")
     assert source.pixels == (64, "squash", "bilinear")
     tower = load_clip("mini", f"local-dir:{tmp_path}/m").visual
-    torch.testing.assert_close(tower.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(tower.normalise.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 
 
 def test_checkpoint_file_gives_the_same_model(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from domainbed_hp.algorithms.base import Pixels, get_algorithm_class
 from domainbed_hp.algorithms.erm import ERM
 from domainbed_hp.hparams_registry import default_hparams
-from domainbed_hp.networks.featurizer import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_hp.networks.normalise import IMAGENET_MEAN, IMAGENET_STD
 
 
 def build(dataset="Debug28", size=28, num_classes=2, **overrides):

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from domainbed_hp.networks.featurizer import IMAGENET_MEAN, IMAGENET_STD, Normalise, ResNet, classifier, featurizer
+from domainbed_hp.networks.featurizer import ResNet, classifier, featurizer
+from domainbed_hp.networks.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from domainbed_hp.registry import UsageError
 
 

@@ -140,7 +140,9 @@ def moved(algorithm: HeadPurification, step: Any) -> tuple[bool, bool]:
     before = [[p.detach().clone() for p in ps] for ps in (algorithm.gates, algorithm.adapters)]
     step()
     after = (algorithm.gates, algorithm.adapters)
-    return tuple(any(not torch.equal(p, q) for p, q in zip(x, y, strict=True)) for x, y in zip(before, after, strict=True))
+    return tuple(
+        any(not torch.equal(p, q) for p, q in zip(x, y, strict=True)) for x, y in zip(before, after, strict=True)
+    )
 
 
 @pytest.mark.parametrize(

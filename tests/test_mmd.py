@@ -73,5 +73,7 @@ def test_bandwidth_is_detached_and_can_be_held() -> None:
 def test_distances_far_from_the_origin() -> None:
     x = torch.randn(6, 8) * 1e-2
     far = squared_distances(x + 100)
-    torch.testing.assert_close(far, torch.cdist((x + 100).double(), (x + 100).double()).square().float(), atol=1e-6, rtol=1e-2)
+    torch.testing.assert_close(
+        far, torch.cdist((x + 100).double(), (x + 100).double()).square().float(), atol=1e-6, rtol=1e-2
+    )
     assert gram(far, bandwidth(far, "median"), "median").shape == (6, 6)

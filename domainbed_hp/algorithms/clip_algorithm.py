@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
+from domainbed_hp.networks.normalise import Normalise
 from domainbed_hp.networks.prompts import TEMPLATE, class_prompts
 from domainbed_hp.networks.vit import Trace
 from domainbed_hp.registry import UsageError
@@ -58,6 +59,7 @@ class ClipAlgorithm(Algorithm):
         self.register_buffer("class_features", text, persistent=False)  # (C, E), unit-norm
         self.class_features: Tensor
         self.logit_scale = clip.logit_scale
+        self.domainbed_norm = Normalise()
         self.optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -90,8 +92,7 @@ class ClipAlgorithm(Algorithm):
     def encode(self, x: Tensor, trace: list[Trace] | None = None) -> Tensor:
         """Unit-norm image features (B, E), in fp32 or better."""
         if self.hparams["input_norm"] == "imagenet":  # a stock DomainBed checkout normalises before us
-            mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
-            x = x * std[:, None, None] + mean[:, None, None]
+            x = self.domainbed_norm.undo(x)
         features = self.tower(x, trace)
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 

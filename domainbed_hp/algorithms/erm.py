@@ -11,7 +11,8 @@ from torch import Tensor
 
 from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
 from domainbed_hp.hparams_registry import SMALL_IMAGES, HParam, choice, log_uniform
-from domainbed_hp.networks.featurizer import BACKBONES, Normalise, classifier, featurizer
+from domainbed_hp.networks.featurizer import BACKBONES, classifier, featurizer
+from domainbed_hp.networks.normalise import Normalise
 
 SMALL_BACKBONE = (*SMALL_IMAGES, "ShapesDG")
 """Data sets that a small CNN learns from scratch, with DomainBed's learning rates and batches for small images."""
@@ -65,6 +66,10 @@ class ERM(Algorithm):
         elif dataset == "DomainNet":
             hparams["batch_size"] = HParam(32, lambda r: int(2 ** r.uniform(3, 5)), at_least=1, help="per environment")
         return hparams
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        cls.pixels(hparams, 224)  # which refuses a CLIP that is not there
 
     @classmethod
     def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:

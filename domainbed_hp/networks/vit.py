@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_hp.networks.heads import GateKind, HeadAttention
+from domainbed_hp.networks.normalise import Normalise
 from domainbed_hp.seeds import rng
 
 LAST_LAYERS = 2
@@ -61,10 +62,7 @@ class VisionTower(nn.Module):
         self.ln_post, self.proj = pretrained.ln_post, pretrained.proj
         blocks = nn.ModuleList(Block(b) for b in pretrained.transformer.resblocks)
         self.transformer = nn.ModuleDict({"resblocks": blocks})
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.mean: Tensor
-        self.std: Tensor
+        self.normalise = Normalise(mean, std)
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -77,7 +75,7 @@ class VisionTower(nn.Module):
 
     def forward(self, x: Tensor, trace: list[Trace] | None = None) -> Tensor:
         """x (B, 3, S, S) -> image features (B, E), not unit-norm; appends one `Trace` a layer to `trace`."""
-        x = self.conv1((x - self.mean) / self.std).flatten(2).transpose(1, 2)  # (B, N - 1, D)
+        x = self.conv1(self.normalise(x)).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)  # (B, N, D)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         for block in self.blocks:
