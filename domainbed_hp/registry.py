@@ -5,7 +5,6 @@ A lazy table keeps torch out of `--help`, `sweep status` and `collect_results`.
 
 import difflib
 import importlib
-import inspect
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
@@ -59,26 +58,3 @@ def load(table: dict[str, str], kind: str, name: str) -> Any:
         raise unknown(kind, name, table)
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def import_plugin(module: str) -> list[str]:
-    """Register every `Algorithm` that a user's module defines, under its class name (`--import my_pkg.my_method`)."""
-    from domainbed_hp.algorithms.base import Algorithm
-
-    try:
-        plugin = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--import {module}: {error}. It is imported as `import {module}`, "
-            "from the current folder or an installed package."
-        ) from error
-    found = [
-        name
-        for name, value in vars(plugin).items()
-        if inspect.isclass(value) and issubclass(value, Algorithm) and value.__module__ == plugin.__name__
-    ]
-    if not found:
-        raise UsageError(f"--import {module}: it defines no subclass of domainbed_hp.algorithms.base.Algorithm")
-    for name in found:
-        ALGORITHMS[name] = f"{module}:{name}"
-    return found

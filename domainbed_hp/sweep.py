@@ -176,9 +176,10 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     `UsageError` for a name that no algorithm of the sweep knows, and for a value of the wrong type.
     """
     from domainbed_hp import hparams_registry
+    from domainbed_hp.algorithms import import_plugin
 
     for module in spec.imports:
-        registry.import_plugin(module)
+        import_plugin(module)
     for name in spec.datasets:
         registry.load(registry.DATASETS, "dataset", name)
     algorithms = list(dict.fromkeys(row.algorithm for row in spec.rows))
@@ -208,7 +209,7 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
 
 def check_data(spec: SweepSpec) -> None:
     """`UsageError` where a data set cannot be opened."""
-    from domainbed_hp.datasets.spec import open_dataset
+    from domainbed_hp.datasets.opened import open_dataset
 
     for name in spec.datasets:
         dataset = registry.load(registry.DATASETS, "dataset", name)

@@ -22,7 +22,7 @@ from domainbed_hp import hparams_registry, records
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.datasets.loader import EvalLoader, TrainSteps, eval_loaders, train_loader
-from domainbed_hp.datasets.spec import open_dataset
+from domainbed_hp.datasets.opened import open_dataset
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.logs import log_to, print_header, print_row, versions
 from domainbed_hp.models import Recipe, build, save_model

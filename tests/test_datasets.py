@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from domainbed_hp.datasets.spec import ArrayImages, DatasetSpec, open_dataset
+from domainbed_hp.datasets.opened import open_dataset
+from domainbed_hp.datasets.spec import ArrayImages, DatasetSpec
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.registry import DATASETS, UsageError, load
 

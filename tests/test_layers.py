@@ -16,7 +16,7 @@ BELOW = {
     "training": {"algorithms", "datasets", "hparams_registry", "records", "models", "logs"},
     "models": {"algorithms"},
     "logs": set(),
-    "sweep": {"launchers", "records", "hparams_registry", "datasets"},
+    "sweep": {"launchers", "hparams_registry", "algorithms", "datasets"},
     "tables": {"model_selection", "records"},
     "model_selection": {"records"},
     "records": set(),
@@ -25,7 +25,7 @@ BELOW = {
     "networks": set(),
     "datasets": set(),
     "launchers": set(),
-    "registry": {"algorithms"},
+    "registry": set(),
     "seeds": set(),
 }  # fmt: skip
 

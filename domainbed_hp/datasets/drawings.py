@@ -49,7 +49,8 @@ class Plan:
         return np.asarray(1 - self.cover[..., GROUND])
 
     def flat(self) -> Array:
-        return np.matmul(self.cover, np.concatenate([self.ground[None], self.fills]))
+        colours: Array = self.cover @ np.concatenate([self.ground[None], self.fills])
+        return colours
 
 
 def draw(rng: Rng, thing: str, look: Look, hue: float, ground_hue: float) -> NDArray[np.uint8]:
@@ -148,8 +149,8 @@ def photo(plan: Plan) -> Array:
     slope = np.gradient(blurred(mask, 8))
     light = np.clip(0.95 + 4 * (slope[1] * dx + slope[0] * dy), 0.35, 1.5) + 0.2 * (noise(rng, 12) - 0.5)
     thing = plan.cover[..., MAIN:] @ plan.fills * light[..., None]
-    image = np.clip(ground * plan.cover[..., :1] + thing, 0, 1)
-    return np.power(image, rng.uniform(0.75, 1.3))
+    exposed: Array = np.clip(ground * plan.cover[..., :1] + thing, 0, 1) ** rng.uniform(0.75, 1.3)
+    return exposed
 
 
 def painting(plan: Plan) -> Array:

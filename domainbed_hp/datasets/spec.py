@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-
-from domainbed_hp.registry import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,25 +69,3 @@ class DatasetSpec:
     homepage: str = ""
     build: Callable[[], list[Images]] | None = None
     """Makes the environments' images; such data needs no `data_dir`."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """An opened data set: `environments[i]` are the raw images of environment i."""
-
-    spec: DatasetSpec
-    class_names: tuple[str, ...]
-    environments: list[Images]
-
-
-def open_dataset(spec: DatasetSpec, data_dir: Path | None) -> Dataset:
-    """The images of every environment; `UsageError` lists everything that is wrong with the folder."""
-    if spec.build is not None:
-        names = spec.class_names or tuple(str(i) for i in range(spec.num_classes))
-        return Dataset(spec, names, spec.build())
-    if data_dir is None:
-        raise UsageError(f"{spec.name} is read from disk: pass --data_dir, the folder that holds {spec.folder}/")
-    from domainbed_hp.datasets.folder import read_folder
-
-    names, environments = read_folder(spec, data_dir)
-    return Dataset(spec, names, [*environments])

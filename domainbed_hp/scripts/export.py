@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from domainbed_hp.registry import UsageError, import_plugin
+from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
 
 
@@ -15,12 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("output_dir", type=Path, help="folder to write")
     p.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms")
     args = p.parse_args(argv)
-    for module in args.imports:
-        import_plugin(module)
+    from domainbed_hp.algorithms import import_plugin
     from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
     from domainbed_hp.models import load_model
     from domainbed_hp.networks.clip import export_clip, find_clip
 
+    for module in args.imports:
+        import_plugin(module)
     algorithm, recipe = load_model(args.run_dir)
     if not isinstance(algorithm, ClipAlgorithm):
         raise UsageError(f"{args.run_dir}: {recipe.algorithm} is no CLIP under its text classifier")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from domainbed_hp.registry import ALGORITHMS, DATASETS, import_plugin
+from domainbed_hp.registry import ALGORITHMS, DATASETS
 from domainbed_hp.scripts import run
 
 
@@ -37,10 +37,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args: dict[str, Any] = vars(parser().parse_args(argv))
+    from domainbed_hp.algorithms import import_plugin  # after parsing: --help needs no torch
+    from domainbed_hp.training import RunArgs, train
+
     for module in args["imports"]:
         import_plugin(module)
-    from domainbed_hp.training import RunArgs, train  # after parsing: --help needs no torch
-
     args |= {name: tuple(args[name]) for name in ("test_envs", "imports")}
     train(RunArgs(**args))
     return 0
