@@ -192,13 +192,13 @@ def test_diagnosis_holds_its_bandwidths() -> None:
     algorithm = make("HeadPurification", lr=5e-2)
     minibatches = batches()
     first = algorithm.diagnose(minibatches)
-    scales = algorithm.validation_scales
-    assert first["gate_shift"] == 0 and algorithm.scales is None
+    scales = algorithm.diagnosis_scales
+    assert first["gate_shift"] == 0
     for _ in range(3):
         algorithm.update(minibatches)
     second = algorithm.diagnose(minibatches)
     assert second["gate_shift"] > 0.05 and second["val_mmd"] != first["val_mmd"]
-    assert all(a is b for a, b in zip(scales, algorithm.validation_scales, strict=True))
+    assert all(a is b for a, b in zip(scales, algorithm.diagnosis_scales, strict=True))
 
 
 # --- The planted head -------------------------------------------------------------------------------------------------

@@ -54,16 +54,17 @@ class HeadPurification(ClipAlgorithm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         h = self.hparams
-        keep = max(1, round(h["gate_keep"] * self.tower.blocks[0].attn.num_heads))
+        if h["strategy"] == "two_stage" and "steps" not in h:
+            raise UsageError('strategy=two_stage: pass the number of training steps as hparams["steps"]')
+        num_heads = self.tower.blocks[0].attn.num_heads
+        keep = min(num_heads, max(1, round(h["gate_keep"] * num_heads)))
         self.adapters: list[nn.Parameter] = self.tower.add_adapters(*adapter_shape(h))
         self.gates: list[nn.Parameter] = self.tower.add_gates(h["gates"], keep)
         if h["gate_shuffle"]:
             self.tower.shuffle_gates()
-        self.routed = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}[
-            h["mmd_route"]
-        ]
-        self.scales: list[Tensor] | None = None
-        """Bandwidths of the MMD, one a pair of domains, to hold them fixed; None: from each batch."""
+        routes = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}
+        self.routed = routes[h["mmd_route"]]
+        self.diagnosis_scales: list[Tensor] | None = None
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self.steps_done: Tensor
         self.train_with(
@@ -88,15 +89,17 @@ class HeadPurification(ClipAlgorithm):
         ce = F.cross_entropy(self.classify(features), y)
         return {"ce": ce, "mmd": self.discrepancy(features, trace, [len(x) for x, _ in minibatches])[0]}
 
-    def discrepancy(self, features: Tensor, trace: list[Trace], sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """MMD between the domains, whose `sizes` split the batch, and its bandwidths.
+    def discrepancy(
+        self, features: Tensor, trace: list[Trace], sizes: list[int], scales: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """MMD between the domains, whose `sizes` split the batch, and its bandwidths; `scales` holds these fixed.
 
         At `output` of the unit-norm image feature; at `layers` of every layer's class token, mean over layers.
         """
         if self.hparams["mmd_level"] == "layers":
             features = self.layer_features(trace)  # (layers, B, D)
         with torch.autocast(features.device.type, enabled=False):
-            return mmd(features.split(sizes, dim=-2), self.hparams["mmd_kernel"], self.scales)
+            return mmd(features.split(sizes, dim=-2), self.hparams["mmd_kernel"], scales)
 
     def layer_features(self, trace: list[Trace]) -> Tensor:
         """Each layer's class token after the attention output is added, layer-normalised, (layers, B, D).
@@ -155,13 +158,10 @@ class HeadPurification(ClipAlgorithm):
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
-        """MMD between the training environments' validation images, bandwidths held at their first value; the gates."""
+        """MMD of the training environments' validation images, at the first call's bandwidths; how far gates moved."""
         x, _ = join(minibatches)
         trace: list[Trace] = []
         features = self.encode(x, trace)
-        self.scales = self.validation_scales
-        value, scales = self.discrepancy(features, trace, [len(x) for x, _ in minibatches])
-        self.scales, self.validation_scales = None, scales
+        sizes = [len(x) for x, _ in minibatches]
+        value, self.diagnosis_scales = self.discrepancy(features, trace, sizes, self.diagnosis_scales)
         return {"val_mmd": value.item(), "gate_shift": (self.tower.gates() - 1).abs().max().item()}
-
-    validation_scales: list[Tensor] | None = None
