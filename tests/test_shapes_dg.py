@@ -4,6 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -90,6 +92,21 @@ def test_second_opening_reads_the_cache(cache, monkeypatch, arrays):
     second = open_dataset(SHAPES_DG, None)
     assert np.array_equal(np.asarray(second.environments[3][7]), np.asarray(first.environments[3][7]))
     assert sorted(p.suffix for p in cache.iterdir() if p.suffix != ".lock") == [".npz"]
+
+
+def test_jobs_that_start_together_draw_once(cache, monkeypatch, arrays):
+    drawn: list[str] = []
+
+    def slowly(env: str) -> np.ndarray:
+        drawn.append(env)
+        time.sleep(0.05)
+        return arrays[env]
+
+    monkeypatch.setattr(shapes_dg, "draw_environment", slowly)
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: shapes_dg.build(), range(2)))
+    assert drawn == list(ENVIRONMENTS)
+    assert np.array_equal(np.asarray(both[0][1][5]), np.asarray(both[1][1][5]))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
