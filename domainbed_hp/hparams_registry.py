@@ -92,6 +92,7 @@ def resolve(
     else:
         hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed))
     for name, value in overrides.items():
+        # DEVIATION: DomainBed takes any name and any type, and trains with the default.
         if name not in table:
             raise unknown(f"hparam of {algorithm}", name, table)
         hparams[name] = table[name].check(name, value)

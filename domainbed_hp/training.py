@@ -86,6 +86,7 @@ def train(args: RunArgs) -> None:
     if steps < 1 or freq < 1:
         raise UsageError(f"steps and checkpoint_freq: got {steps} and {freq}, expected at least 1")
     output_dir = Path(args.output_dir)
+    # DEVIATION: DomainBed appends a second run to the records of the first.
     if (output_dir / records.FILE_NAME).exists():
         raise UsageError(f"{output_dir} already holds a run: choose another --output_dir or remove it")
 

@@ -33,6 +33,9 @@ class TrainSteps(TorchDataset[Any]):
     Images are drawn with replacement from split `in`, as by DomainBed's InfiniteDataLoader, so that a split may be
     smaller than a batch. `class_balanced` draws every class equally often. `unlabeled`: x alone, of split `uda`, not
     augmented, as DomainBed's domain adaptation.
+
+    # DEVIATION: DomainBed draws batches, augmentation and the order of evaluation from the global generator, so that
+    # how often a model is scored changes what it becomes; and it never returns for a split smaller than a batch.
     """
 
     def __init__(
