@@ -140,7 +140,7 @@ def test_a_row_without_runs_or_without_pairs_is_told_in_one_line():
     lines = tables.gaps(tables.build(found, LeaveOneOut), found)
     assert len(lines) == 4
     assert lines[0] == "ERM, VLCS: no runs, hence X"
-    assert lines[2].startswith("all rows, PACS: leave-one-domain-out cross-validation needs runs with two test environments")
+    assert lines[2].startswith("all rows, PACS: leave-one-domain-out cross-validation needs runs with two test env")
 
 
 NASTY = r"50% _a_ & #1 {b} $c$ \d ~e^f <g> |h| [i] *j* é µ ð λ → "
