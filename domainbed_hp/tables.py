@@ -124,9 +124,9 @@ def gaps(tables: Iterable[Table], frame: pd.DataFrame, planned: Mapping[str, set
             if runs.empty:
                 lines.append(f"{row}, {table.dataset}: no runs, hence X")
             elif table.method is LeaveOneOut and not (runs["test_envs"].map(len) == 2).any():
-                nobody = not (on_dataset["test_envs"].map(len) == 2).any()
+                who = row if (on_dataset["test_envs"].map(len) == 2).any() else "all rows"
                 lines.append(
-                    f"{'all rows' if nobody else row}, {table.dataset}: {table.method.name} needs runs with two test environments, "
+                    f"{who}, {table.dataset}: {table.method.name} needs runs with two test environments, "
                     "and there are none (a sweep with single_test_envs makes none), hence X"
                 )
             else:
