@@ -1,0 +1,48 @@
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from domainbed_hp import registry
+from domainbed_hp.algorithms import get_algorithm_class, import_plugin
+from domainbed_hp.registry import ALGORITHMS, UsageError
+
+METHOD = """
+from domainbed_hp.algorithms import Algorithm
+from domainbed_hp.algorithms.lora import LoRA
+
+class Mine(LoRA):
+    pass
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "someones_method.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "someones_method"
+    ALGORITHMS.pop("Mine", None)
+    sys.modules.pop("someones_method", None)
+
+
+def test_import_registers_what_the_module_defines(module: str) -> None:
+    assert import_plugin(module) == ["Mine"]  # not the LoRA and the Algorithm that it imports
+    assert get_algorithm_class("Mine").__module__ == module
+
+
+def test_entry_points_are_algorithms_too(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("Mine", f"{module}:Mine", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
+    assert get_algorithm_class("Mine").__name__ == "Mine"
+
+
+def test_a_module_without_algorithms_is_refused() -> None:
+    with pytest.raises(UsageError, match="defines no subclass"):
+        import_plugin("json")
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'LoRA'.*Known: ZeroShotCLIP, ERM"):
+        get_algorithm_class("Lora")
