@@ -44,8 +44,9 @@ ENTRY_POINT_GROUP = "domainbed_hp.algorithms"
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that nobody knows: what was got, the nearest match, what is known."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    folded = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.6)
+    hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 
