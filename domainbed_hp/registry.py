@@ -38,8 +38,6 @@ LAUNCHERS: dict[str, str] = {
     "dummy": "domainbed_hp.launchers.dummy:launch",
 }
 
-ENTRY_POINT_GROUP = "domainbed_hp.algorithms"
-
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that nobody knows: what was got, the nearest match, what is known."""
@@ -51,9 +49,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
 
 
 def load(table: dict[str, str], kind: str, name: str) -> Any:
-    """The object that `name` stands for; `UsageError` lists the known names."""
-    if name not in table and table is ALGORITHMS:
-        for point in entry_points(group=ENTRY_POINT_GROUP):
+    """The object that `name` stands for, from `table` or from the installed entry points of group domainbed_hp.<kind>s.
+
+    `UsageError` lists the known names.
+    """
+    if name not in table:
+        for point in entry_points(group=f"domainbed_hp.{kind}s"):
             table.setdefault(point.name, point.value)
     if name not in table:
         raise unknown(kind, name, table)

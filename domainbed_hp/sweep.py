@@ -22,12 +22,20 @@ from domainbed_hp.seeds import seed_hash
 TRAIN_MODULE = "domainbed_hp.scripts.train"
 SWEEP_FILE = "sweep.json"
 # DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
-NOT_IDENTITY = ("data_dir", "output_dir", "device")
+NOT_IDENTITY = ("data_dir", "output_dir", "device", "num_workers")
 
 
 def job_name(args: Mapping[str, Any]) -> str:
     """The md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
     return hashlib.md5(json.dumps(dict(args), sort_keys=True).encode()).hexdigest()
+
+
+CHOICES = {
+    "task": ("domain_generalization", "domain_adaptation"),
+    "precision": ("fp32", "bf16"),
+    "loader": ("batched", "reference"),
+}
+"""Values of those arguments that have few."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,11 @@ class SweepSpec:
     eval_images: int | None = None
     precision: str | None = None
     device: str | None = None
+    loader: str | None = None
+    num_workers: int | None = None
     skip_model_save: bool = False
     imports: tuple[str, ...] = ()
-    """Modules with algorithms of the user's own, `--import`."""
+    """Modules with algorithms and data sets of the user's own, `--import`."""
     launcher: str = "local"
     max_parallel: int | None = None
     hparams: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +136,9 @@ class SweepSpec:
             raise UsageError(f"{source}: no jobs: n_trials {spec.n_trials}, {seeds}")
         if spec.max_parallel is not None and spec.max_parallel < 1:
             raise UsageError(f"{source}: max_parallel is {spec.max_parallel}; it must be at least 1")
+        for name, known in CHOICES.items():
+            if getattr(spec, name) not in (None, *known):
+                raise registry.unknown(f"{name} in {source}:", getattr(spec, name), known)
         names = [row.name for row in rows]
         for row in rows:
             if not row.name.startswith(row.algorithm):
@@ -176,12 +189,13 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     `UsageError` for a name that no algorithm of the sweep knows, and for a value of the wrong type.
     """
     from domainbed_hp import hparams_registry
-    from domainbed_hp.algorithms import import_plugin
+    from domainbed_hp.datasets.opened import find_spec
+    from domainbed_hp.plugins import import_plugin
 
     for module in spec.imports:
         import_plugin(module)
     for name in spec.datasets:
-        registry.load(registry.DATASETS, "dataset", name)
+        find_spec(name, spec.data_dir)
     algorithms = list(dict.fromkeys(row.algorithm for row in spec.rows))
     names = {a: {h for d in spec.datasets for h in hparams_registry.known(a, d)} for a in algorithms}
 
@@ -207,19 +221,26 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def check_data(spec: SweepSpec) -> None:
-    """`UsageError` where a data set cannot be opened."""
-    from domainbed_hp.datasets.opened import open_dataset
+def check_data(spec: SweepSpec, rows: Sequence[Row]) -> None:
+    """`UsageError` where a data set cannot be opened; says on stderr where prepared data is out of date."""
+    from domainbed_hp.algorithms import get_algorithm_class
+    from domainbed_hp.datasets.opened import find_spec, open_dataset
+    from domainbed_hp.hparams_registry import resolve
 
-    for name in spec.datasets:
-        dataset = registry.load(registry.DATASETS, "dataset", name)
-        if dataset.build is None:  # what is made cannot be missing
-            open_dataset(dataset, Path(spec.data_dir) if spec.data_dir else None)
+    for dataset in [find_spec(name, spec.data_dir) for name in spec.datasets]:
+        if dataset.build is not None:  # what is made cannot be missing
+            continue
+        hparams = [resolve(row.algorithm, dataset.name, spec.n_hparams_from, 0, row.hparams) for row in rows]
+        classes = [get_algorithm_class(row.algorithm) for row in rows]
+        for pixels in {c.pixels(h, dataset.image_size) for c, h in zip(classes, hparams, strict=True)}:
+            open_dataset(dataset, Path(spec.data_dir) if spec.data_dir else None, pixels)
 
 
 def choose_test_envs(spec: SweepSpec, dataset: str) -> list[list[int]]:
     """The lists of test environments of one data set; by default [0], [0, 1], [0, 2], ..., [1], [1, 2], ..."""
-    count = len(registry.load(registry.DATASETS, "dataset", dataset).environments)
+    from domainbed_hp.datasets.opened import find_spec
+
+    count = len(find_spec(dataset, spec.data_dir).environments)
     if spec.test_envs:
         chosen = [list(envs) for envs in spec.test_envs]
     elif spec.single_test_envs:
@@ -241,7 +262,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
     A job's seed does not depend on the row's label, hparams or steps: rows of one algorithm see the same batches.
     """
     test_envs_of = {dataset: choose_test_envs(spec, dataset) for dataset in spec.datasets}
-    optional = ("checkpoint_freq", "eval_images", "precision", "device", "data_dir", "skip_model_save")
+    optional = ("checkpoint_freq", "eval_images", "precision", "device", "loader", "data_dir", "skip_model_save")
     jobs = []
     for trial_seed, dataset, row in product(range(spec.n_trials), spec.datasets, rows):
         for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
@@ -261,6 +282,8 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
             extra["label"] = row.label
             extra["import"] = list(spec.imports)
             args |= {key: value for key, value in extra.items() if value}
+            if spec.num_workers is not None:  # 0 is a value
+                args["num_workers"] = spec.num_workers
             jobs.append(Job.under(Path(spec.output_dir), args))
     if len({job.folder for job in jobs}) < len(jobs):
         raise UsageError("the same job twice: a data set or an entry of test_envs is repeated")

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
@@ -41,3 +43,12 @@ def randomize(algorithm: Any, seed: int = 0, scale: float = 0.3) -> None:
 
 def images(n: int, seed: int = 1) -> Tensor:
     return torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours and noise, so that interpolation matters."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    noise = rng.integers(-30, 30, (height, width, 3))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), int)
+    return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))

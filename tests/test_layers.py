@@ -11,12 +11,13 @@ import domainbed_hp
 
 PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
-    "scripts": {"training", "models", "sweep", "tables", "model_selection", "records", "hparams_registry",
+    "scripts": {"training", "plugins", "models", "sweep", "tables", "model_selection", "records", "hparams_registry",
                 "algorithms", "networks", "datasets", "launchers"},
     "training": {"algorithms", "datasets", "hparams_registry", "records", "models", "logs"},
     "models": {"algorithms"},
+    "plugins": {"algorithms", "datasets"},
     "logs": set(),
-    "sweep": {"launchers", "hparams_registry", "algorithms", "datasets"},
+    "sweep": {"plugins", "launchers", "hparams_registry", "algorithms", "datasets"},
     "tables": {"model_selection", "records"},
     "model_selection": {"records"},
     "records": set(),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import photo
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -40,6 +41,21 @@ def test_a_baseline_of_ones_own_lands_in_the_table(tmp_path: Path) -> None:
     assert table.returncode == 0, table.stderr
     rows = [line for line in table.stdout.splitlines() if line.startswith("LinearProbe")]
     assert rows and re.search(r"\d+\.\d \+/- \d\.\d", rows[0])
+
+
+def test_a_named_data_set_of_ones_own_trains(tmp_path: Path) -> None:
+    (code,) = (b for b in blocks("python") if "DatasetSpec" in b)
+    assert len(code[code.index("BIRDS") :].splitlines()) <= 10
+    (tmp_path / "my_data.py").write_text(code)
+    for i, name in enumerate(("day/crow", "day/tawny_owl", "night/crow", "night/tawny_owl")):
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        for j in range(5):
+            photo(40, 30, 5 * i + j).save(tmp_path / "birds" / name / f"{j}.jpg")
+    command = "python -m domainbed_hp.scripts.train --import my_data --dataset Birds --data_dir . --test_envs 1"
+    hparams = """--hparams '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'"""
+    result = shell(f"{command} {hparams} --steps 2 --output_dir run", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "done").exists()
 
 
 @pytest.mark.slow

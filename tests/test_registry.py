@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 
 from domainbed_hp import registry
-from domainbed_hp.algorithms import get_algorithm_class, import_plugin
-from domainbed_hp.registry import ALGORITHMS, UsageError
+from domainbed_hp.algorithms import get_algorithm_class
+from domainbed_hp.datasets.opened import find_spec
+from domainbed_hp.plugins import import_plugin
+from domainbed_hp.registry import ALGORITHMS, DATASETS, UsageError
 
 METHOD = """
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.lora import LoRA
+from domainbed_hp.datasets.spec import DatasetSpec
+
+MY_DATA = DatasetSpec("MyData", ("a", "b"), 2, folder="mine", domain_folders=("a", "b"))
 
 class Mine(LoRA):
     pass
@@ -24,18 +29,24 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.syspath_prepend(tmp_path)
     yield "someones_method"
     ALGORITHMS.pop("Mine", None)
+    DATASETS.pop("MyData", None)
     sys.modules.pop("someones_method", None)
 
 
 def test_import_registers_what_the_module_defines(module: str) -> None:
-    assert import_plugin(module) == ["Mine"]  # not the LoRA and the Algorithm that it imports
+    assert import_plugin(module) == ["Mine", "MyData"]  # not the LoRA and the Algorithm that it imports
+    assert find_spec("MyData").environments == ("a", "b")
     assert get_algorithm_class("Mine").__module__ == module
 
 
-def test_entry_points_are_algorithms_too(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("Mine", f"{module}:Mine", registry.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
+def test_entry_points_are_registered_too(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("Mine", f"{module}:Mine", "domainbed_hp.algorithms"),
+        EntryPoint("MyData", f"{module}:MY_DATA", "domainbed_hp.datasets"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if group == point.group])
     assert get_algorithm_class("Mine").__name__ == "Mine"
+    assert find_spec("MyData").name == "MyData"
 
 
 def test_a_module_without_algorithms_is_refused() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import photo
 
 from domainbed_hp import registry, sweep
+from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
@@ -36,6 +38,10 @@ class StubERM:
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         pass
+
+    @classmethod
+    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+        return Pixels(image_size)
 
 
 class StubLoRA(StubERM):
@@ -297,6 +303,8 @@ def test_mistakes_are_refused_before_any_folder_exists(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda t: 'loader = "batch"\n' + t, "'batch'. Did you mean 'batched'? Known: batched, reference"),
+        (lambda t: 'precision = "fp16"\n' + t, "Known: fp32, bf16"),
         (lambda t: "n_trails = 1\n" + t, "unknown key of --config s.toml: 'n_trails'. Did you mean 'n_trials'?"),
         (lambda t: 'n_trials = "1"\n' + t, "n_trials is '1'; expected int"),
         (lambda t: "n_trials = true\n" + t, "n_trials is True; expected int"),
@@ -331,6 +339,30 @@ def test_two_environments_cannot_be_paired(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UsageError, match="give --single_test_envs"):
         jobs_of(datasets=["Debug28"])
     assert len(jobs_of(datasets=["Debug28"], single_test_envs=True, n_trials=1)) == 2
+
+
+def test_a_folder_of_ones_own_is_a_data_set(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("day/fox/1", "day/owl/1", "night/fox/1", "night/owl/1"):
+        path = stubs / "data" / "mine" / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        photo(20, 20).save(path)
+    argv = ["launch", "--algorithms", "ERM", "--datasets", "folder:mine", "--data_dir", "data", "--output_dir", "out"]
+    argv += ["--n_trials", "1", "--n_hparams", "1", "--single_test_envs", "--command_launcher", "dummy"]
+    assert run(script.main, argv) == 0
+    assert capsys.readouterr().out.count("--dataset folder:mine") == 2
+    for path in (stubs / "data" / "mine" / "night").glob("owl/*"):
+        path.unlink()
+    assert run(script.main, argv) == 2
+    assert "no images in" in capsys.readouterr().err
+
+
+def test_where_data_lie_and_who_loads_them_is_not_the_identity() -> None:
+    (plain,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]])
+    (moved,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], data_dir="x", num_workers=0)
+    assert moved.folder == plain.folder and "--data_dir" in moved.command
+    assert "--num_workers 0" in " ".join(moved.command)
+    (other,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], loader="reference")
+    assert other.folder != plain.folder
 
 
 def test_status_needs_a_sweep(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers import photo
 from safetensors.torch import load_file
 
 from domainbed_hp import hparams_registry, training
+from domainbed_hp.algorithms.base import Pixels
+from domainbed_hp.datasets.spec import ArrayImages
+from domainbed_hp.datasets.views import Decoded
 from domainbed_hp.models import load_model
 from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import main
 from domainbed_hp.training import RunArgs, train
 
+CPU = torch.device("cpu")
 MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'
 
 
@@ -64,11 +70,11 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     algorithm, recipe = load_model(tmp_path / "run")
     assert recipe.algorithm == "HeadPurification" and len(recipe.class_names) == 10
     assert (tmp_path / "run" / "model_step2.safetensors").is_file()
-    dataset = training.open_dataset(training.load(training.DATASETS, "dataset", "ShapesDG"), None)
-    split = training.splits([len(e) for e in dataset.environments], (0,), 0)
     pixels = type(algorithm).pixels(recipe.hparams, 64)
-    loader = training.eval_loaders(dataset.environments, split, 64, pixels, max_images=40)["env0_out"]
-    assert training.accuracy(algorithm, loader, torch.device("cpu")) == records[-1]["env0_out_acc"]
+    dataset = training.open_dataset(training.find_spec("ShapesDG"), None, pixels)
+    split = training.splits([len(e) for e in dataset.environments], (0,), 0)
+    loader = training.eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
+    assert training.accuracy(algorithm, loader, CPU, pixels) == records[-1]["env0_out_acc"]
 
 
 def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
@@ -126,6 +132,8 @@ def test_nan_stops_the_run_and_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         (["--test_envs", "4"], "0 to 3"),
         (["--test_envs", "0", "1", "2", "3"], "no environment to train on"),
         (["--steps", "0"], "at least 1"),
+        (["--num_workers", "-1"], "at least 1, 1 and 0"),
+        (["--dataset", "folder:/nowhere"], "cannot read /nowhere"),
         (["--device", "tpu"], "Known here: cpu"),
         (["--import", "no_such_module"], "No module named"),
         (["--holdout_fraction", "1.5"], "holdout_fraction"),
@@ -141,6 +149,60 @@ def test_bad_input_is_refused_before_anything_is_built(
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    a, b = (without_times(go(tmp_path / str(n), num_workers=n)) for n in (0, 2))
+    for record in a + b:
+        del record["args"]["num_workers"]
+    assert a == b
+
+
+def test_the_reference_loader_trains_on_the_same_crops(tmp_path: Path) -> None:
+    settings = {"dataset": "ShapesDG", "eval_images": 20, "algorithm": "LoRA", "steps": 1}
+    a, b = (go(tmp_path / loader, loader=loader, **settings) for loader in ("batched", "reference"))
+    assert a[0]["ce"] != b[0]["ce"] and a[0]["ce"] == pytest.approx(b[0]["ce"], rel=0.02)
+
+
+@pytest.fixture
+def two_styles(tmp_path: Path) -> Path:
+    """A user's own data: two environments, two classes."""
+    for env, side in (("day", 90), ("night", 70)):
+        for i in range(12):
+            path = tmp_path / "mine" / env / ("tawny_owl" if i % 2 else "fox") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo(side + i, side, i).save(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("algorithm", ["HeadPurification", "ERM", "ZeroShotCLIP"])
+def test_a_folder_of_ones_own_with_two_environments_trains(two_styles: Path, algorithm: str) -> None:
+    hparams = MINI if algorithm != "ERM" else '{"batch_size": 4, "backbone": "small"}'
+    own = {"dataset": f"folder:{two_styles / 'mine'}", "test_envs": (1,), "hparams": hparams, "algorithm": algorithm}
+    records = go(two_styles / "run", **own)
+    assert {"env0_in_acc", "env1_out_acc"} <= records[-1].keys() and "env2_out_acc" not in records[-1]
+    assert records[0]["args"]["dataset"] == own["dataset"]
+    assert "Images: image files" in (two_styles / "run" / "out.txt").read_text()
+
+
+def test_scoring_halves_the_batch_until_it_fits() -> None:
+    class Small(training.Algorithm):
+        sizes: list[int] = []
+
+        def predict(self, x: torch.Tensor) -> torch.Tensor:
+            self.sizes.append(len(x))
+            if len(x) > self.hparams["most"]:
+                raise torch.cuda.OutOfMemoryError
+            return torch.eye(2)[(x.mean(dim=(1, 2, 3)) > 0.5).long()]
+
+    levels = np.array([0] * 9 + [255] * 3, np.uint8)
+    views = Decoded(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Pixels(8))
+    loader = training.EvalLoader(views, range(12), 16)
+    small = Small((3, 8, 8), 2, 1, {"most": 5})
+    assert training.accuracy(small, loader, CPU, Pixels(8)) == 1.0
+    assert small.sizes == [12, 8, 4, 4, 4] and loader.batch_size == 4
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        training.accuracy(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Pixels(8))
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:

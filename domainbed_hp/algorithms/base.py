@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
-from domainbed_hp.registry import ALGORITHMS, UsageError, load
+from domainbed_hp.registry import ALGORITHMS, load
 
 Minibatch = tuple[Tensor, Tensor]
 """One environment's (x, y): x (B, 3, S, S) in [0, 1], not normalised; y (B,) int64."""
@@ -85,27 +83,6 @@ def get_algorithm_class(name: str) -> type[Algorithm]:
     """The class registered as `name`; `UsageError` lists the known names."""
     algorithm: type[Algorithm] = load(ALGORITHMS, "algorithm", name)
     return algorithm
-
-
-def import_plugin(module: str) -> list[str]:
-    """Register every `Algorithm` that a user's module defines, under its class name (`--import my_pkg.my_method`)."""
-    try:
-        plugin = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--import {module}: {error}. It is imported as `import {module}`, "
-            "from the current folder or an installed package."
-        ) from error
-    found = [
-        name
-        for name, value in vars(plugin).items()
-        if inspect.isclass(value) and issubclass(value, Algorithm) and value.__module__ == plugin.__name__
-    ]
-    if not found:
-        raise UsageError(f"--import {module}: it defines no subclass of domainbed_hp.algorithms.base.Algorithm")
-    for name in found:
-        ALGORITHMS[name] = f"{module}:{name}"
-    return found
 
 
 def join(minibatches: list[Minibatch]) -> Minibatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,19 @@ class FolderImages:
             raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
 
 
+@dataclass(frozen=True)
+class Found:
+    """What lies in a data set's folder; `environments` are those of `spec.domain_folders` that can be read."""
+
+    class_names: tuple[str, ...]
+    environments: dict[str, FolderImages]
+    problems: list[str]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(map(len, self.environments.values()))
+
+
 def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], list[FolderImages]]:
     """Class names and one `FolderImages` per environment; `UsageError` lists everything that is wrong.
 
@@ -44,12 +58,36 @@ def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], lis
     """
     root = data_dir / spec.folder
     try:
-        found = subfolders(root)
+        found = look(spec, root)
     except OSError as error:
         raise UsageError(
             f"{spec.name}: cannot read {root}: {error.strerror}. "
             f"--data_dir is the folder that holds {spec.folder}/, which holds {', '.join(spec.domain_folders)}"
         ) from error
+    environments = list(found.environments.values())
+    paths = (path for environment in environments for path in environment.paths)
+    problems = found.problems + [problem for path in paths if (problem := header_problem(path))]
+    if problems:
+        raise UsageError(
+            f"{spec.name} in {root} is not as expected:{listed(problems)}\n"
+            "Move away what does not belong there and copy or download again what is missing."
+        )
+    build = build_of(spec, found.counts)
+    if build is None:
+        # Not warnings.warn: a count that differs is no reason to stop where warnings are errors.
+        print(
+            f"warning: {spec.name} in {root} has {found.counts} images per environment, expected {spec.image_counts}; "
+            "published results are of the latter",
+            file=sys.stderr,
+        )
+    elif build:
+        print(f"{spec.name} in {root} is the build {build}", file=sys.stderr)
+    return found.class_names, environments
+
+
+def look(spec: DatasetSpec, root: Path) -> Found:
+    """What lies in `root`, by names alone; `OSError` where it cannot be read."""
+    found = subfolders(root)
     problems = differences(f"environment folder of {root}", spec.domain_folders, found)
     classes = {}
     for domain in [name for name in spec.domain_folders if name in found]:
@@ -62,7 +100,7 @@ def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], lis
     if classes and len(names) != spec.num_classes:
         problems.append(f"found {len(names)} classes in all, expected {spec.num_classes}")
 
-    environments = []
+    environments = {}
     for domain, folders in classes.items():
         problems += differences(f"class folder of {root / domain}", names, folders)
         files = [(path, label) for label, name in enumerate(names) for path in images(root / domain / name)]
@@ -72,23 +110,21 @@ def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], lis
             for label, name in enumerate(names)
             if name in folders and label not in filled
         ]
-        problems += [problem for path, _ in files if (problem := header_problem(path))]
-        environments.append(FolderImages([path for path, _ in files], np.array([label for _, label in files], int)))
-    if problems:
-        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        raise UsageError(
-            "\n  ".join([f"{spec.name} in {root} is not as expected:", *problems[:MAX_LISTED], *more])
-            + "\nMove away what does not belong there and copy or download again what is missing."
-        )
-    counts = tuple(len(environment) for environment in environments)
-    if spec.image_counts and counts != spec.image_counts:
-        # Not warnings.warn: a count that differs is no reason to stop where warnings are errors.
-        print(
-            f"warning: {spec.name} in {root} has {counts} images per environment, expected {spec.image_counts}; "
-            "published results are of the latter",
-            file=sys.stderr,
-        )
-    return names, environments
+        environments[domain] = FolderImages([path for path, _ in files], np.array([label for _, label in files], int))
+    return Found(names, environments, problems)
+
+
+def build_of(spec: DatasetSpec, counts: tuple[int, ...]) -> str | None:
+    """The name of the build with so many images per environment; empty: the spec's own; None: no known one."""
+    if not spec.image_counts or counts == spec.image_counts:
+        return ""
+    return next((name for name, other in spec.other_builds.items() if counts == other), None)
+
+
+def listed(problems: list[str]) -> str:
+    """One line per problem, the first `MAX_LISTED` of them."""
+    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "".join(f"\n  {line}" for line in [*problems[:MAX_LISTED], *more])
 
 
 def differences(what: str, expected: tuple[str, ...], found: list[str]) -> list[str]:
@@ -127,3 +163,14 @@ def header_problem(path: str) -> str | None:
         return f"not an image: {path}"
     except (OSError, SyntaxError, ValueError) as error:
         return f"cannot read {path}: {error}"
+
+
+def find_root(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The shallowest folder, `folder` itself included, that holds a folder of each name."""
+    level = [folder]
+    while level:
+        for candidate in level:
+            if set(names) <= set(subfolders(candidate)):
+                return candidate
+        level = [candidate / name for candidate in level for name in subfolders(candidate)]
+    return None

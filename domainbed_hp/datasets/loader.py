@@ -1,4 +1,4 @@
-"""Minibatches and scoring batches as uint8 tensors; both are pure functions of a seed and an index.
+"""Minibatches and scoring batches as uint8; all are pure functions of a seed and an index.
 
 A run can therefore resume at step t without any loader state, and neither the number of workers nor how often a
 model is scored changes what it trains on.
@@ -7,32 +7,47 @@ model is scored changes what it trains on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from domainbed_hp.datasets.spec import Images
-from domainbed_hp.datasets.transforms import Pixels, augment, evaluate
+from domainbed_hp.datasets import reference
+from domainbed_hp.datasets.augment import Draws, augment, draw
+from domainbed_hp.datasets.prefetch import Workers
+from domainbed_hp.datasets.views import Decoded, Pixels, Views
 from domainbed_hp.registry import UsageError
 from domainbed_hp.seeds import rng
 
 Splits = Sequence[Mapping[str, Sequence[int]]]
 """Per environment the indices of its splits, as from `splits.splits`."""
 
-KEEP_BYTES = 2**30
-"""Memory for images that are scored again at every checkpoint."""
+
+class Batch(NamedTuple):
+    """B images as they leave the host."""
+
+    images: Tensor
+    """uint8: (B, 3, S, S), or what `draws` are to be applied to, (B, H, W, 3)."""
+    labels: Tensor
+    """(B,) int64"""
+    draws: Draws | None = None
+
+    def to(self, device: torch.device, pixels: Pixels) -> tuple[Tensor, Tensor]:
+        """(x, y) on `device`: x float (B, 3, S, S) in [0, 1], augmented."""
+        if self.draws is None:
+            x = self.images.to(device, non_blocking=True).float().div_(255)
+        else:
+            x = augment(self.images, self.draws, pixels, device)
+        return x, self.labels.to(device, non_blocking=True)
 
 
-class TrainSteps(TorchDataset[Any]):
-    """Item t is step t: for each environment of `envs` a minibatch (x uint8 (B, 3, S, S), y int64 (B,)).
+class TrainSteps:
+    """Item t is step t: a `Batch` of each environment of `envs`.
 
     Images are drawn with replacement from split `in`, as by DomainBed's InfiniteDataLoader, so that a split may be
-    smaller than a batch. `class_balanced` draws every class equally often. `unlabeled`: x alone, of split `uda`, not
-    augmented, as DomainBed's domain adaptation.
+    smaller than a batch. `class_balanced` draws every class equally often. `unlabeled`: split `uda`, not augmented, as
+    DomainBed's domain adaptation. `pin`: for a GPU.
 
     # DEVIATION: DomainBed draws batches, augmentation and the order of evaluation from the global generator, so that
     # how often a model is scored changes what it becomes; and it never returns for a split smaller than a batch.
@@ -40,7 +55,7 @@ class TrainSteps(TorchDataset[Any]):
 
     def __init__(
         self,
-        environments: Sequence[Images],
+        environments: Sequence[Views],
         splits: Splits,
         envs: Sequence[int],
         batch_size: int,
@@ -49,11 +64,13 @@ class TrainSteps(TorchDataset[Any]):
         *,
         class_balanced: bool = False,
         unlabeled: bool = False,
+        pin: bool = False,
     ) -> None:
         split = "uda" if unlabeled else "in"
         advice = "pass --uda_holdout_fraction above 0" if unlabeled else "train on environments that have images"
         self.environments, self.envs, self.batch_size, self.seed = environments, list(envs), batch_size, seed
-        self.pixels, self.unlabeled = pixels, unlabeled
+        self.pixels, self.pin = pixels, pin
+        self.augmentation = "none" if unlabeled else pixels.augmentation
         self.indices = {env: np.asarray(splits[env].get(split, ()), np.int64) for env in envs}
         for env, indices in self.indices.items():
             if not len(indices):
@@ -69,129 +86,89 @@ class TrainSteps(TorchDataset[Any]):
         )
         return 1 / (len(counts) * counts[which])
 
-    def __getitem__(self, t: int) -> list[Any]:
-        return [self._minibatch(env, t) for env in self.envs]
+    def __getitem__(self, t: int) -> list[Batch]:
+        return [self.minibatch(env, t) for env in self.envs]
 
-    def _minibatch(self, env: int, t: int) -> tuple[Tensor, Tensor] | Tensor:
-        images, p = self.environments[env], self.pixels
+    def minibatch(self, env: int, t: int) -> Batch:
         chosen = rng(self.seed, "batch", env, t).choice(self.indices[env], self.batch_size, p=self.weights[env])
-        augmentation = "none" if self.unlabeled else p.augmentation
-        random = rng(self.seed, "augment", env, t)
-        x = stack([augment(images[int(i)], p.size, p.resize, p.interpolation, augmentation, random) for i in chosen])
-        return x if self.unlabeled else (x, torch.from_numpy(images.labels[chosen]))
+        images, draws = self._images(self.environments[env], chosen.tolist(), rng(self.seed, "augment", env, t))
+        labels = torch.from_numpy(self.environments[env].labels[chosen])
+        if self.pin:
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return Batch(images, labels, draws)
+
+    def _images(self, views: Views, chosen: list[int], random: np.random.Generator) -> tuple[Tensor, Draws | None]:
+        """What will be augmented on the device."""
+        if self.augmentation == "none":
+            return torch.from_numpy(np.stack([views.evaluation(i) for i in chosen])), None
+        images = [views.training(i) for i in chosen]
+        sizes = np.array([image.shape[:2] for image in images])
+        padded = np.empty((len(images), *sizes.max(axis=0), 3), np.uint8)
+        for target, image in zip(padded, images, strict=True):
+            target[: image.shape[0], : image.shape[1]] = image
+        return torch.from_numpy(padded), draw(sizes, self.augmentation, random)
 
 
-def train_loader(
-    dataset: TrainSteps, start: int, steps: int, *, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[Any]:
-    """Steps `start` to `steps` - 1 in order. `pin_memory` where the model is on a GPU."""
-    return in_order(dataset, range(start, steps), num_workers, pin_memory)
+class ReferenceSteps(TrainSteps):
+    """The same steps, each image decoded and augmented by itself on the host: `--loader reference`."""
+
+    def _images(self, views: Views, chosen: list[int], random: np.random.Generator) -> tuple[Tensor, Draws | None]:
+        if self.augmentation == "none":
+            return super()._images(views, chosen, random)
+        if not isinstance(views, Decoded):
+            raise TypeError("the reference loader augments decoded images, not prepared ones")
+        images = [views.images[i].convert("RGB") for i in chosen]
+        draws = draw(np.array([(image.height, image.width) for image in images]), self.augmentation, random)
+        done = reference.augment(images, draws, self.pixels.size, self.pixels.interpolation)
+        return torch.from_numpy(done), None
 
 
-class EvalBatches(TorchDataset[Any]):
-    """Item k is the k-th batch (x uint8 (B, 3, S, S), y int64 (B,)) of the images `indices`, in that order."""
+class EvalLoader:
+    """The images `indices` in that order, as they are scored, in batches; nothing starts before the first is asked for.
 
-    def __init__(self, images: Images, indices: Sequence[int], batch_size: int, pixels: Pixels) -> None:
-        self.images, self.indices = images, np.asarray(indices, np.int64)
-        self.batch_size, self.pixels = batch_size, pixels
+    # DEVIATION: DomainBed scores the `out` splits of training environments on augmented images.
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        indices: Sequence[int],
+        batch_size: int,
+        workers: Workers | None = None,
+        *,
+        pin: bool = False,
+    ) -> None:
+        self.views, self.indices, self.batch_size = views, np.asarray(indices, np.int64), batch_size
+        self.workers, self.pin = workers or Workers(0), pin
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
-        chosen, p = self.indices[k * self.batch_size : (k + 1) * self.batch_size], self.pixels
-        x = stack([evaluate(self.images[int(i)], p.size, p.resize, p.interpolation) for i in chosen])
-        return x, torch.from_numpy(self.images.labels[chosen])
+    def __getitem__(self, k: int) -> Batch:
+        chosen = self.indices[k * self.batch_size : (k + 1) * self.batch_size]
+        images = torch.from_numpy(np.stack([self.views.evaluation(i) for i in chosen.tolist()]))
+        return Batch(images.pin_memory() if self.pin else images, torch.from_numpy(self.views.labels[chosen]))
 
-
-class EvalLoader:
-    """Batches (x, y) in order, as often as asked for; with `keep` they stay in memory after the first whole pass."""
-
-    def __init__(self, batches: EvalBatches, *, keep: bool, num_workers: int = 0, pin_memory: bool = False) -> None:
-        self.batches, self.keep, self.num_workers, self.pin_memory = batches, keep, num_workers, pin_memory
-        self.kept: list[tuple[Tensor, Tensor]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.kept is not None:
-            yield from self.kept
-            return
-        passed = []
-        for batch in in_order(self.batches, range(len(self.batches)), self.num_workers, self.pin_memory):
-            if self.keep:
-                passed.append(batch)
-            yield batch
-        if self.keep:
-            self.kept = passed
-
-
-def eval_loader(
-    images: Images,
-    indices: Sequence[int],
-    batch_size: int,
-    pixels: Pixels,
-    *,
-    keep: bool = False,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> EvalLoader:
-    """The images `indices` in order, as they are scored.
-
-    # DEVIATION: DomainBed scores the `out` splits of training environments on augmented images.
-    """
-    return EvalLoader(
-        EvalBatches(images, indices, batch_size, pixels), keep=keep, num_workers=num_workers, pin_memory=pin_memory
-    )
+    def __iter__(self) -> Iterator[Batch]:
+        return self.workers.map(self.__getitem__, range(len(self)))
 
 
 def eval_loaders(
-    environments: Sequence[Images],
+    environments: Sequence[Views],
     splits: Splits,
     batch_size: int,
-    pixels: Pixels,
+    workers: Workers | None = None,
     *,
     max_images: int | None = None,
-    keep_bytes: int = KEEP_BYTES,
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    pin: bool = False,
 ) -> dict[str, EvalLoader]:
-    """One loader per split, named "env0_in", "env0_out", ...
+    """One loader per split that is not empty, named "env0_in", "env0_out", ...
 
-    Splits stay in memory, smallest first, up to `keep_bytes` in all. `max_images` scores the first of each split,
-    which is a random choice since splits are permuted.
+    `max_images` scores the first of each split, which is a random choice since splits are permuted.
     """
-    chosen = {
-        f"env{env_i}_{name}": (environments[env_i], list(indices)[:max_images])
+    return {
+        f"env{env_i}_{name}": EvalLoader(environments[env_i], indices[:max_images], batch_size, workers, pin=pin)
         for env_i, split in enumerate(splits)
         for name, indices in split.items()
         if len(indices)
     }
-    keep = set()
-    for name in sorted(chosen, key=lambda name: len(chosen[name][1])):
-        keep_bytes -= len(chosen[name][1]) * 3 * pixels.size**2
-        if keep_bytes >= 0:
-            keep.add(name)
-    return {
-        name: eval_loader(
-            *source, batch_size, pixels, keep=name in keep, num_workers=num_workers, pin_memory=pin_memory
-        )
-        for name, source in chosen.items()
-    }
-
-
-def stack(images: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images))
-
-
-def in_order(dataset: TorchDataset[Any], order: range, num_workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """A loader of whole items that draws nothing from the global generators."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-    )

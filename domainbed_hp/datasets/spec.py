@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -44,6 +45,17 @@ class ArrayImages:
 
 
 @dataclass(frozen=True)
+class Archive:
+    """One file of a download; what is not a zip or tar is kept as it is."""
+
+    name: str
+    sources: tuple[str, ...]
+    """Tried in this order: URLs, and `gdrive:<file id>`."""
+    sha256: str = ""
+    """Empty: nobody published one; the first good download records its own."""
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """The facts of one data set; per-environment tuples are in the order of `environments`.
 
@@ -60,6 +72,8 @@ class DatasetSpec:
     domain_folders: tuple[str, ...] = ()
     image_counts: tuple[int, ...] = ()
     """Images per environment; empty: not known for certain."""
+    other_builds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name -> images per environment of another build in circulation, with which published results were made."""
     image_size: int = 224
     """Side of x for algorithms that have no tower of their own."""
     steps: int = 5001
@@ -67,5 +81,8 @@ class DatasetSpec:
     licence: str = ""
     citation: str = ""
     homepage: str = ""
+    archives: tuple[Archive, ...] = ()
+    arrange: Callable[[Path], None] | None = None
+    """Turns the folder that all archives were unpacked into to `domain_folders`, where they do not hold these."""
     build: Callable[[], list[Images]] | None = None
     """Makes the environments' images; such data needs no `data_dir`."""

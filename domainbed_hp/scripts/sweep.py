@@ -17,7 +17,18 @@ from typing import Any
 from domainbed_hp import registry
 from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
-from domainbed_hp.sweep import SWEEP_FILE, Job, Row, SweepSpec, check_data, load_jobs, make_jobs, resolve_rows, save
+from domainbed_hp.sweep import (
+    CHOICES,
+    SWEEP_FILE,
+    Job,
+    Row,
+    SweepSpec,
+    check_data,
+    load_jobs,
+    make_jobs,
+    resolve_rows,
+    save,
+)
 
 EPILOG = """\
 `launch` without any flag runs the quickstart: a small table on the CPU, into results/quickstart.
@@ -36,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("command", choices=["launch", "status", "delete_incomplete"])
     p.add_argument("--config", help="sweep file; flags given beside it override it")
-    p.add_argument("--datasets", nargs="+", help="default: all but the Debug ones")
+    p.add_argument("--datasets", nargs="+", help="default: all but the Debug ones; folder:PATH is one of your own")
     p.add_argument(
         "--algorithms", nargs="+", help="rows with default hparams; beside --config: the file's rows of these"
     )
-    p.add_argument("--task", choices=["domain_generalization", "domain_adaptation"])
+    p.add_argument("--task", choices=CHOICES["task"])
     p.add_argument("--n_hparams_from", type=int, help="first hparams seed; 0 = default hparams")
     p.add_argument("--n_hparams", type=int, help="hparams seeds end below this (default 20)")
     p.add_argument("--output_dir")
@@ -54,9 +65,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hparams", help="JSON object, for every algorithm that knows the name; wins over the sweep file")
     p.add_argument("--holdout_fraction", type=float, help="default 0.2")
     p.add_argument("--eval_images", type=int, help="score at most so many images of a split")
-    p.add_argument("--precision", choices=["fp32", "bf16"])
+    p.add_argument("--precision", choices=CHOICES["precision"])
     p.add_argument("--device")
-    p.add_argument("--import", dest="imports", nargs="+", metavar="MODULE", help="modules with algorithms of your own")
+    p.add_argument("--loader", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
+    p.add_argument("--num_workers", type=int, help="loader threads of each job")
+    p.add_argument(
+        "--import", dest="imports", nargs="+", metavar="MODULE", help="modules of your own: algorithms, data sets"
+    )
     p.add_argument("--single_test_envs", action="store_true", default=None, help="no pairs of test environments")
     p.add_argument("--skip_model_save", action="store_true", default=None)
     p.add_argument("--skip_confirmation", action="store_true", help="do not ask")
@@ -140,7 +155,7 @@ def launch(spec: SweepSpec, ask: bool) -> int:
     launcher = registry.load(registry.LAUNCHERS, "launcher", spec.launcher)
     rows = resolve_rows(spec)
     jobs = make_jobs(spec, rows)
-    check_data(spec)
+    check_data(spec, rows)
     print_status(jobs)
     to_launch = [job for job in jobs if job.state == Job.NOT_LAUNCHED]
     incomplete = sum(job.state == Job.INCOMPLETE for job in jobs)

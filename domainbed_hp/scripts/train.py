@@ -7,14 +7,15 @@ from typing import Any
 
 from domainbed_hp.registry import ALGORITHMS, DATASETS
 from domainbed_hp.scripts import run
+from domainbed_hp.sweep import CHOICES
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.train", description=__doc__)
     p.add_argument("--data_dir", help="folder that holds PACS/, VLCS/, ...")
-    p.add_argument("--dataset", default="ShapesDG", help=", ".join(DATASETS))
+    p.add_argument("--dataset", default="ShapesDG", help=f"{', '.join(DATASETS)}, or folder:PATH with your own")
     p.add_argument("--algorithm", default="HeadPurification", help=", ".join(ALGORITHMS))
-    p.add_argument("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
+    p.add_argument("--task", default="domain_generalization", choices=CHOICES["task"])
     p.add_argument("--hparams", help="JSON object of overrides")
     p.add_argument("--hparams_seed", type=int, default=0, help="0: defaults; n > 0: a random draw")
     p.add_argument("--trial_seed", type=int, default=0, help="of the splits, and of the draw")
@@ -28,8 +29,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip_model_save", action="store_true")
     p.add_argument("--save_model_every_checkpoint", action="store_true")
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    p.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms")
+    p.add_argument("--precision", default="fp32", choices=CHOICES["precision"])
+    p.add_argument("--loader", default="batched", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
+    p.add_argument("--num_workers", type=int, help="loader threads of the whole run; default: 8 with a GPU, else 0")
+    p.add_argument(
+        "--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms and data sets"
+    )
     p.add_argument("--label", help="row of the table; default: the algorithm")
     p.add_argument("--eval_images", type=int, help="score at most so many images of each split")
     return p
@@ -37,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args: dict[str, Any] = vars(parser().parse_args(argv))
-    from domainbed_hp.algorithms import import_plugin  # after parsing: --help needs no torch
+    from domainbed_hp.plugins import import_plugin  # after parsing: --help needs no torch
     from domainbed_hp.training import RunArgs, train
 
     for module in args["imports"]:
