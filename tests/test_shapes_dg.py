@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets import shapes_dg
 from domainbed_hp.datasets.opened import open_dataset
 from domainbed_hp.datasets.shapes_dg import CLASS_NAMES, ENVIRONMENTS, PER_CLASS, SHAPES_DG, SHIFTS
@@ -84,13 +85,13 @@ def test_colour_tells_the_class_inside_an_environment_and_misleads_outside(array
 
 def test_second_opening_reads_the_cache(cache, monkeypatch, arrays):
     monkeypatch.setattr(shapes_dg, "draw_environment", lambda env: arrays[env])
-    first = open_dataset(SHAPES_DG, None)
-    assert first.class_names == CLASS_NAMES and [len(e) for e in first.environments] == list(SHAPES_DG.image_counts)
-    image = first.environments[0][0]
+    opened = open_dataset(SHAPES_DG, None, Pixels(64))
+    assert opened.class_names == CLASS_NAMES and [len(e) for e in opened.environments] == list(SHAPES_DG.image_counts)
+    first = SHAPES_DG.build()
+    image = first[0][0]
     assert image.size == (64, 64) and image.mode == "RGB"
     monkeypatch.setattr(shapes_dg, "draw_environment", lambda env: pytest.fail("drawn twice"))
-    second = open_dataset(SHAPES_DG, None)
-    assert np.array_equal(np.asarray(second.environments[3][7]), np.asarray(first.environments[3][7]))
+    assert np.array_equal(np.asarray(SHAPES_DG.build()[3][7]), np.asarray(first[3][7]))
     assert sorted(p.suffix for p in cache.iterdir() if p.suffix != ".lock") == [".npz"]
 
 

@@ -34,7 +34,7 @@ class FolderImages:
         try:
             with Image.open(self.paths[i]) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
 
 
@@ -57,6 +57,16 @@ def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], lis
     Reads names and image headers, decodes nothing.
     """
     root = data_dir / spec.folder
+    found = find_images(spec, root, headers=True)
+    say_build(spec, root, found.counts)
+    return found.class_names, list(found.environments.values())
+
+
+def find_images(spec: DatasetSpec, root: Path, *, headers: bool = False) -> Found:
+    """The image files in `root`, by their names and, with `headers`, what they begin with.
+
+    `UsageError` lists everything that is wrong.
+    """
     try:
         found = look(spec, root)
     except OSError as error:
@@ -64,25 +74,28 @@ def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], lis
             f"{spec.name}: cannot read {root}: {error.strerror}. "
             f"--data_dir is the folder that holds {spec.folder}/, which holds {', '.join(spec.domain_folders)}"
         ) from error
-    environments = list(found.environments.values())
-    paths = (path for environment in environments for path in environment.paths)
+    paths = (path for images in found.environments.values() for path in images.paths if headers)
     problems = found.problems + [problem for path in paths if (problem := header_problem(path))]
     if problems:
         raise UsageError(
             f"{spec.name} in {root} is not as expected:{listed(problems)}\n"
             "Move away what does not belong there and copy or download again what is missing."
         )
-    build = build_of(spec, found.counts)
+    return found
+
+
+def say_build(spec: DatasetSpec, where: Path, counts: tuple[int, ...]) -> None:
+    """A line on stderr where the images per environment are not those of the spec."""
+    build = build_of(spec, counts)
     if build is None:
         # Not warnings.warn: a count that differs is no reason to stop where warnings are errors.
         print(
-            f"warning: {spec.name} in {root} has {found.counts} images per environment, expected {spec.image_counts}; "
+            f"warning: {spec.name} in {where} has {counts} images per environment, expected {spec.image_counts}; "
             "published results are of the latter",
             file=sys.stderr,
         )
     elif build:
-        print(f"{spec.name} in {root} is the build {build}", file=sys.stderr)
-    return found.class_names, environments
+        print(f"{spec.name} in {where} is the build {build}", file=sys.stderr)
 
 
 def look(spec: DatasetSpec, root: Path) -> Found:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from domainbed_hp.datasets.encode import encode
-from domainbed_hp.datasets.folder import FolderImages
+from domainbed_hp.datasets.folder import FolderImages, find_images
 from domainbed_hp.datasets.index import (
     About,
     Entry,
@@ -35,7 +35,7 @@ from domainbed_hp.datasets.index import (
     write_about,
 )
 from domainbed_hp.datasets.prefetch import Workers
-from domainbed_hp.datasets.prepared import look_for, stamped
+from domainbed_hp.datasets.prepared import stamped
 from domainbed_hp.datasets.spec import DatasetSpec
 from domainbed_hp.registry import UsageError
 
@@ -111,7 +111,7 @@ def prepare(
     if size < 1 or num_workers < 0:
         raise UsageError(f"image_size and num_workers: got {size} and {num_workers}, expected at least 1 and 0")
     root = data_dir / spec.folder
-    found = look_for(spec, root)
+    found = find_images(spec, root)
     folder = prepared_folder(spec, data_dir, size, resize, interpolation)
     environments = [Environment(root / domain, images, folder) for domain, images in found.environments.items()]
     about = About(spec.name, found.class_names, spec.domain_folders, size, resize, interpolation, encoding)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from domainbed_hp.datasets.folder import FolderImages, Found, build_of, listed, look
+from domainbed_hp.datasets.folder import FolderImages, Found, find_images, say_build
 from domainbed_hp.datasets.index import ABOUT, About, Entry, prepared_folder, read_about, read_index, relative
 from domainbed_hp.datasets.spec import DatasetSpec
 from domainbed_hp.datasets.views import Pixels, channels_first
@@ -101,36 +101,14 @@ def open_prepared(spec: DatasetSpec, data_dir: Path, pixels: Pixels) -> Prepared
     if not (folder / ABOUT).exists():
         return None
     try:
-        prepared = read_prepared(spec, folder, look_for(spec, root) if root.is_dir() else None, root, command)
+        prepared = read_prepared(spec, folder, find_images(spec, root) if root.is_dir() else None, root, command)
     except Stale as stale:
         print(f"{folder} is out of date and not used: {stale}. Renew it: {command}", file=sys.stderr)
         return None
     if prepared.skipped:
         print(f"{folder} leaves out {prepared.skipped} images with errors; its .csv files name them", file=sys.stderr)
-    build = build_of(spec, prepared.counts)
-    if build is None:
-        print(
-            f"warning: {spec.name} in {folder} has {prepared.counts} images per environment, "
-            f"expected {spec.image_counts}; published results are of the latter",
-            file=sys.stderr,
-        )
-    elif build:
-        print(f"{spec.name} in {folder} is the build {build}", file=sys.stderr)
+    say_build(spec, folder, prepared.counts)
     return prepared
-
-
-def look_for(spec: DatasetSpec, root: Path) -> Found:
-    """The image files of a data set by their names alone; `UsageError` lists what is wrong."""
-    try:
-        found = look(spec, root)
-    except OSError as error:
-        raise UsageError(
-            f"{spec.name}: cannot read {root}: {error.strerror}. "
-            f"--data_dir is the folder that holds {spec.folder}/, which holds {', '.join(spec.domain_folders)}"
-        ) from error
-    if found.problems:
-        raise UsageError(f"{spec.name} in {root} is not as expected:{listed(found.problems)}")
-    return found
 
 
 def prepare_command(spec: DatasetSpec, data_dir: Path, pixels: Pixels) -> str:
