@@ -11,13 +11,13 @@ import domainbed_hp
 
 PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
-    "scripts": {"training", "plugins", "models", "sweep", "tables", "model_selection", "records", "hparams_registry",
+    "scripts": {"training", "runs", "plugins", "models", "sweep", "tables", "model_selection", "records", "hparams_registry",
                 "algorithms", "networks", "datasets", "launchers"},
-    "training": {"algorithms", "datasets", "hparams_registry", "records", "models", "logs"},
+    "training": {"runs", "algorithms", "datasets", "hparams_registry", "records", "models", "logs"},
     "models": {"algorithms"},
     "plugins": {"algorithms", "datasets"},
     "logs": set(),
-    "sweep": {"plugins", "launchers", "hparams_registry", "algorithms", "datasets"},
+    "sweep": {"runs", "plugins", "launchers", "hparams_registry", "algorithms", "datasets"},
     "tables": {"model_selection", "records"},
     "model_selection": {"records"},
     "records": set(),
@@ -25,7 +25,8 @@ BELOW = {
     "hparams_registry": set(),
     "networks": set(),
     "datasets": set(),
-    "launchers": set(),
+    "launchers": {"runs"},
+    "runs": set(),
     "registry": set(),
     "seeds": set(),
 }  # fmt: skip
