@@ -1,11 +1,10 @@
-"""What a run prints: to the terminal, and to `out.txt` and `err.txt` in its folder."""
+"""What a run prints: to the terminal, and to `out.txt` in its folder."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
 import sys
-import traceback
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -44,14 +43,9 @@ def print_row(record: dict[str, Any], columns: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def log_to(output_dir: Path) -> Iterator[None]:
-    """Copy what is printed to `out.txt`, and the traceback of a run that fails to `err.txt`."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """Copy what is printed to `out.txt`."""
     with open(output_dir / "out.txt", "a") as out, contextlib.redirect_stdout(Tee(out)):
-        try:
-            yield
-        except BaseException:
-            (output_dir / "err.txt").write_text(traceback.format_exc())
-            raise
+        yield
 
 
 class Tee:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
+from domainbed_hp.disk import replaced
 from domainbed_hp.registry import UsageError
 
 
@@ -34,10 +35,13 @@ def build(recipe: Recipe) -> Algorithm:
     return get_algorithm_class(recipe.algorithm)(shape, len(recipe.class_names), recipe.num_domains, told)
 
 
-def save_model(path: Path, algorithm: Algorithm, recipe: Recipe) -> None:
-    """What training changed, as safetensors; the recipe in the header rebuilds the rest."""
-    state = {name: value.contiguous().cpu() for name, value in algorithm.trained_state().items()}
-    save_file(state, path, metadata={"recipe": json.dumps(asdict(recipe))})
+def save_model(path: Path, algorithm: Algorithm, recipe: Recipe, *, full: bool = False) -> None:
+    """What training changed, or with `full` everything, as safetensors; the recipe in the header rebuilds the rest."""
+    state = algorithm.state_dict() if full else algorithm.trained_state()
+    with replaced(path) as temporary:
+        # Cloned: of tensors that share memory safetensors takes one alone.
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+        save_file(tensors, temporary, metadata={"recipe": json.dumps(asdict(recipe))})
 
 
 def load_model(run_dir: Path) -> tuple[Algorithm, Recipe]:

@@ -3,6 +3,7 @@
 The format is DomainBed's (scripts/train.py writes it, lib/reporting.py reads it); either package reads the other's.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from domainbed_hp.disk import replaced
 from domainbed_hp.registry import UsageError
 
 Record = dict[str, Any]
@@ -35,17 +37,35 @@ def _plain(value: object) -> object:
 
 
 def append(run_dir: str | Path, record: Record) -> None:
-    """Add one whole line to the run's results.jsonl, on disk when this returns."""
+    """Add one whole line to the run's results.jsonl, on disk when this returns; on an error nothing is added."""
     line = json.dumps(record, sort_keys=True, default=_plain).encode() + b"\n"
-    with open(Path(run_dir) / FILE_NAME, "ab+") as file:
-        if file.tell():
+    with open(Path(run_dir) / FILE_NAME, "ab+", buffering=0) as file:
+        size = file.tell()
+        if size:
             # A killed run may have left half a line: close it, or it would swallow this one.
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def truncate(run_dir: str | Path, step: int) -> list[int]:
+    """Drop what a run wrote after `step`, and torn lines; returns the steps that stay."""
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        return []
+    stay = [record for record in load_run(path) if record["step"] <= step]
+    with replaced(path) as temporary:
+        temporary.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in stay))
+    return [record["step"] for record in stay]
 
 
 def load_run(path: str | Path) -> list[Record]:

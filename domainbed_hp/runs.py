@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -148,7 +149,8 @@ class Claim:
 def claim(folder: Path) -> Iterator[Claim]:
     """Work in `folder`, which is created, alone. `Taken` where it is done or another process works in it.
 
-    What an earlier run's error said is forgotten. A folder that was new and in which nothing was written is removed.
+    An exception is left in err.txt, and the last one is forgotten. A folder that was new stays only if something was
+    written there: whoever mistypes an argument leaves no trace.
     """
     created = not folder.exists()
     lock = filelock.FileLock(folder / LOCK)
@@ -168,7 +170,12 @@ def claim(folder: Path) -> Iterator[Claim]:
         (folder / HEARTBEAT).unlink(missing_ok=True)
         mine.write()
         (folder / ERROR).unlink(missing_ok=True)
-        yield mine
+        try:
+            yield mine
+        except Exception as error:
+            if not created or {path.name for path in folder.iterdir()} - {LOCK, HEARTBEAT}:
+                mine.fail(f"{error}\n" if isinstance(error, UsageError) else traceback.format_exc())
+            raise
     finally:
         mine.release()
         with contextlib.suppress(OSError):

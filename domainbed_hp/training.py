@@ -1,17 +1,14 @@
-"""One run, start to `done`: arguments in, records out. The only file that knows both an algorithm and a data set."""
+"""One run, start to `done`: arguments in, records out. Stopped at any moment, it goes on where it was."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,186 +16,206 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from domainbed_hp import hparams_registry, records
-from domainbed_hp.algorithms import Algorithm, get_algorithm_class
+from domainbed_hp import checkpoint, records
+from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Pixels
-from domainbed_hp.datasets.loader import EvalLoader, ReferenceSteps, TrainSteps, eval_loaders
-from domainbed_hp.datasets.opened import find_spec, open_dataset
+from domainbed_hp.checkpoint import Stop, Stopped, stop_signals
+from domainbed_hp.datasets.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.prefetch import Workers
-from domainbed_hp.datasets.splits import splits
 from domainbed_hp.logs import log_to, print_header, print_row, versions
-from domainbed_hp.models import Recipe, build, save_model
+from domainbed_hp.models import build, save_model
+from domainbed_hp.planning import Plan, RunArgs, plan
 from domainbed_hp.registry import UsageError
+from domainbed_hp.runs import DONE, Claim, claim
 from domainbed_hp.seeds import seed_hash
 
 EVAL_BATCH = {"cuda": 1024, "cpu": 64}
 """Images scored at once, while they fit; a CPU is no faster beyond its cache."""
 PROBE = 64
 """Validation images of an environment that `Algorithm.diagnose` sees."""
-WORKERS = 8
-"""At most so many loader threads where the model is on a GPU; on the CPU it loads by itself."""
 
 
-EXAMPLE = """'{"lr": 1e-4}'"""
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The arguments of a run, written verbatim into every record. Defaults and meaning are DomainBed's train.py's."""
-
-    output_dir: str
-    data_dir: str | None = None
-    dataset: str = "ShapesDG"
-    algorithm: str = "HeadPurification"
-    task: str = "domain_generalization"
-    hparams: str | None = None
-    """JSON object of overrides."""
-    hparams_seed: int = 0
-    trial_seed: int = 0
-    seed: int = 0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    test_envs: tuple[int, ...] = (0,)
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
-    skip_model_save: bool = False
-    save_model_every_checkpoint: bool = False
-    device: str | None = None
-    precision: str = "fp32"
-    imports: tuple[str, ...] = ()
-    label: str | None = None
-    eval_images: int | None = None
-    loader: str = "batched"
-    num_workers: int | None = None
-
-
-def train(args: RunArgs) -> None:
+def train(args: RunArgs, held: Claim | None = None) -> None:
     """Train one algorithm on all environments but `test_envs`, score all of them, write `output_dir`.
 
-    `UsageError` for anything that does not fit, before a model is built.
+    A run that was stopped goes on: on the CPU its records and weights are bit for bit those of one that was not.
+    `held` is the claim on `output_dir`, where the caller has it already.
+
+    Raises:
+        UsageError: the arguments do not fit, before a model is built; `Taken` if the run is done or worked on.
+        SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; the state is saved.
     """
-    # Everything that can be refused is refused here.
-    overrides = parse_overrides(args.hparams)
-    hparams = hparams_registry.resolve(args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides)
-    algorithm_class = get_algorithm_class(args.algorithm)
-    spec = find_spec(args.dataset, args.data_dir)
-    device = find_device(args.device)
-    steps = algorithm_class.STEPS or (spec.steps if args.steps is None else args.steps)
-    freq = spec.checkpoint_freq if args.checkpoint_freq is None else args.checkpoint_freq
-    num_workers = default_workers(device) if args.num_workers is None else args.num_workers
-    if steps < 1 or freq < 1 or num_workers < 0:
-        got = f"{steps}, {freq} and {num_workers}"
-        raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
-    output_dir = Path(args.output_dir)
-    # DEVIATION: DomainBed appends a second run to the records of the first.
-    if (output_dir / records.FILE_NAME).exists():
-        raise UsageError(f"{output_dir} already holds a run: choose another --output_dir or remove it")
-    pixels = algorithm_class.pixels(hparams, spec.image_size)
-    reference = args.loader == "reference"
-    dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, pixels, decode=reference)
-    lengths = [len(images) for images in dataset.environments]
-    split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
-    train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
-    if not train_envs:
-        raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
+    run = plan(args)
+    with contextlib.ExitStack() as stack:
+        held = held or stack.enter_context(claim(run.output_dir))
+        before = find_before(run)
+        stack.enter_context(log_to(run.output_dir))
+        workers = stack.enter_context(Workers(run.num_workers))
+        stop = stack.enter_context(stop_signals())
+        print_header(asdict(args), run.hparams)
+        print(f"Images: {run.dataset.source}")
+        training = Training(run, held, workers, stop)
+        training.resume(before)
+        try:
+            training.go()
+        except Stopped as stopped:
+            training.save_state()
+            print(f"{stopped}: stopped after step {training.step}; the same command goes on", flush=True)
+            raise SystemExit(128 + stopped.number) from None
 
-    # Loaders: every item is a function of the seed and its index.
-    on_gpu = device.type == "cuda"
-    sampling: dict[str, Any] = {"batch_size": hparams["batch_size"], "pixels": pixels, "seed": args.seed, "pin": on_gpu}
-    Steps = ReferenceSteps if reference else TrainSteps
-    labeled = Steps(
-        dataset.environments, split, train_envs, class_balanced=hparams.get("class_balanced", False), **sampling
-    )
-    unlabeled = None
-    if args.task == "domain_adaptation":
-        unlabeled = TrainSteps(dataset.environments, split, args.test_envs, unlabeled=True, **sampling)
-    steps_per_epoch = min(len(s["in"]) for s in split) / hparams["batch_size"]
 
-    with log_to(output_dir), Workers(num_workers) as workers:
-        print_header(asdict(args), hparams)
-        print(f"Images: {dataset.source}")
-        seed_everything(args.seed)
-        recipe = Recipe(args.algorithm, hparams, steps, pixels.size, tuple(dataset.class_names), len(train_envs))
-        algorithm = build(recipe).to(device)
-        cast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        batch_size = EVAL_BATCH["cuda" if on_gpu else "cpu"]
-        scored = eval_loaders(dataset.environments, split, batch_size, workers, max_images=args.eval_images, pin=on_gpu)
-        some = min(PROBE, args.eval_images or PROBE)
-        held_out = [EvalLoader(dataset.environments[i], split[i]["out"][:some], some) for i in train_envs]
-        probe = [loader[0].to(device, pixels) for loader in held_out if len(loader)]
-        with evaluation(algorithm), cast:
-            algorithm.diagnose(probe)  # before training, so that it can fix its scales
+class Training:
+    """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record."""
 
-        # The loop.
-        since: dict[str, list[float]] = defaultdict(list)
-        columns: list[str] = []
+    def __init__(self, run: Plan, held: Claim, workers: Workers, stop: Stop) -> None:
+        self.run, self.held, self.workers, self.stop = run, held, workers, stop
+        self.step = -1
+        self.since: dict[str, list[float]] = defaultdict(list)
+        self.recorded: list[int] = []
+        self.best = -math.inf
+        self.started, self.seconds_before = time.time(), 0.0
+        self.columns: list[str] = []
+
+        seed_everything(run.args.seed)
+        self.algorithm = build(run.recipe).to(run.device)
+        self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
+        environments, limit = run.dataset.environments, run.args.eval_images
+        batch_size = EVAL_BATCH["cuda" if run.on_gpu else "cpu"]
+        self.scored = eval_loaders(environments, run.split, batch_size, workers, max_images=limit, pin=run.on_gpu)
+        some = min(PROBE, limit or PROBE)
+        held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
+        self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]
+        with evaluation(self.algorithm), self.cast:
+            self.algorithm.diagnose(self.probe)  # before training, so that it can fix its scales
+
+    def go(self) -> None:
+        """From the step after `self.step` to the end."""
+        run = self.run
+        if self.due():
+            self.record()
+        todo = range(self.step + 1, run.steps)
+        unlabeled = run.unlabeled_batches()
         batches = zip(
-            workers.map(labeled.__getitem__, range(steps)),
-            workers.map(unlabeled.__getitem__, range(steps)) if unlabeled else [None] * steps,
+            todo,
+            self.workers.map(run.batches().__getitem__, todo),
+            self.workers.map(unlabeled.__getitem__, todo) if unlabeled else [None] * len(todo),
             strict=True,
         )
-        for step, (ours, extra) in enumerate(tqdm(batches, total=steps, disable=None, unit="step")):
-            torch.manual_seed(seed_hash(args.seed, "update", step))  # dropout is a function of the step, too
+        for step, ours, extra in tqdm(batches, total=run.steps, initial=todo.start, disable=None, unit="step"):
+            seed_everything(seed_hash(run.args.seed, "update", step))  # dropout is a function of the step, too
             start = time.perf_counter()
-            minibatches = [batch.to(device, pixels) for batch in ours]
-            unlabeled_x = None if extra is None else [batch.to(device, pixels)[0] for batch in extra]
-            with cast:
-                metrics = algorithm.update(minibatches, unlabeled_x)
-            since["step_time"].append(time.perf_counter() - start)
+            minibatches = [batch.to(run.device, run.pixels) for batch in ours]
+            unlabeled_x = None if extra is None else [batch.to(run.device, run.pixels)[0] for batch in extra]
+            with self.cast:
+                metrics = self.update(step, minibatches, unlabeled_x)
+            metrics["step_time"] = time.perf_counter() - start
             for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"{name} is {value} at step {step}: try a smaller lr, or --precision fp32")
-                since[name].append(value)
+                self.since[name].append(value)
+            self.step = step
+            if self.due():
+                self.record()
+            self.stop.check()
 
-            if step % freq == 0 or step == steps - 1:
-                record: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch}
-                record |= {name: float(np.mean(values)) for name, values in since.items()}
-                with evaluation(algorithm), cast:
-                    record |= {
-                        f"{name}_acc": accuracy(algorithm, loader, device, pixels) for name, loader in scored.items()
-                    }
-                    record |= algorithm.diagnose(probe)
-                record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-                columns = print_row(record, columns)
-                record |= {"hparams": hparams, "args": asdict(args), "versions": versions()}
-                records.append(output_dir, record)
-                since.clear()
-                if args.save_model_every_checkpoint:
-                    save_model(output_dir / f"model_step{step}.safetensors", algorithm, recipe)
+        if not run.args.skip_model_save:
+            self.save_model("model")
+        (run.output_dir / DONE).write_text("done")
+        (run.output_dir / checkpoint.FILE_NAME).unlink(missing_ok=True)
 
-        if not args.skip_model_save:
-            save_model(output_dir / "model.safetensors", algorithm, recipe)
-        (output_dir / "done").write_text("done")
+    def update(self, step: int, minibatches: list[Any], unlabeled: list[Tensor] | None) -> dict[str, float]:
+        """One step of the algorithm, and what it logs; errors say what to try."""
+        try:
+            metrics = self.algorithm.update(minibatches, unlabeled)
+        except torch.cuda.OutOfMemoryError as error:
+            hint = "try a smaller batch_size, or --precision bf16"
+            raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step}: try a smaller lr, or --precision fp32")
+        return dict(metrics)
+
+    def due(self) -> bool:
+        """Whether the last step is to be recorded and is not."""
+        step = self.step
+        at_checkpoint = step % self.run.checkpoint_freq == 0 or step == self.run.steps - 1
+        return step >= 0 and at_checkpoint and step not in self.recorded
+
+    def record(self) -> None:
+        """Score every split, append the record, save the state."""
+        run, step = self.run, self.step
+        record: dict[str, Any] = {"step": step, "epoch": step / run.steps_per_epoch}
+        record |= {name: float(np.mean(values)) for name, values in self.since.items()}
+        with self.stop.at_once(), evaluation(self.algorithm), self.cast:
+            for name, loader in self.scored.items():
+                record[f"{name}_acc"] = accuracy(self.algorithm, loader, run.device, run.pixels)
+            record |= self.algorithm.diagnose(self.probe)
+        record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else 0.0
+        record["elapsed_s"] = self.elapsed_s()
+        self.held.check()
+        self.columns = print_row(record, self.columns)
+        record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions()}
+        records.append(run.output_dir, record)
+        self.recorded.append(step)
+        self.keep_models(record)
+        self.save_state()  # with `since`: a record that is lost later is written again
+        self.since.clear()
+
+    def keep_models(self, record: dict[str, Any]) -> None:
+        args, score = self.run.args, validation(record, self.run.train_envs)
+        if args.save_model_every_checkpoint and not args.skip_model_save:
+            self.save_model(f"model_step{record['step']}")
+        if args.keep == "best" and not args.skip_model_save and score > self.best:
+            self.best = score
+            self.save_model("model_best")
+
+    def save_model(self, name: str) -> None:
+        full = self.run.args.save == "full"
+        save_model(self.run.output_dir / f"{name}.safetensors", self.algorithm, self.run.recipe, full=full)
+
+    def save_state(self) -> None:
+        if self.step < 0:
+            return
+        progress = {"step": self.step, "since": dict(self.since), "best": self.best, "elapsed_s": self.elapsed_s()}
+        self.held.check()
+        checkpoint.save(self.run.output_dir, self.algorithm, progress | {"args": records_args(self.run.args)})
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint; records that it does not know of are dropped."""
+        self.recorded = records.truncate(self.run.output_dir, state["step"] if state else -1)
+        if state is None:
+            return
+        self.algorithm.load_training_state(state["algorithm"])
+        self.step, self.best, self.seconds_before = state["step"], state["best"], state["elapsed_s"]
+        self.since.update({} if self.step in self.recorded else state["since"])
+        print(f"Resumed after step {self.step}")
+
+    def elapsed_s(self) -> float:
+        """Wall-clock seconds of the run, over all times that it was resumed."""
+        return self.seconds_before + time.time() - self.started
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`--hparams` as a dict; `UsageError` unless it is a JSON object."""
-    try:
-        overrides = json.loads(text or "{}")
-    except ValueError as error:
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object such as {EXAMPLE} ({error})") from error
-    if not isinstance(overrides, dict):
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object such as {EXAMPLE}")
-    return overrides
+def find_before(run: Plan) -> dict[str, Any] | None:
+    """The checkpoint in the run's folder, if any; `UsageError` where the folder holds another run."""
+    # DEVIATION: DomainBed appends a second run to the records of the first.
+    state = checkpoint.load(run.output_dir)
+    written = records.load_run(run.output_dir)
+    if state or written:
+        there = state["args"] if state else written[0].get("args", {})
+        checkpoint.check_same_run(run.output_dir, there, records_args(run.args))
+    return state
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device called `name`; None: a GPU if there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        known = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}. Known here: {known}") from error
-    return device
+def records_args(args: RunArgs) -> dict[str, Any]:
+    """The arguments as records have them."""
+    return {key: checkpoint.plain(value) for key, value in asdict(args).items()}
 
 
-def default_workers(device: torch.device) -> int:
-    return min(WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 0
+def validation(record: dict[str, Any], train_envs: list[int]) -> float:
+    """Training-domain validation: mean accuracy on the `out` splits of the training environments."""
+    return float(np.mean([record.get(f"env{i}_out_acc", math.nan) for i in train_envs]))
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every global generator, for the initialisation of weights."""
+    """Seed every global generator."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,4 +1,8 @@
+import errno
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +12,16 @@ import torch
 from helpers import photo
 from safetensors.torch import load_file
 
-from domainbed_hp import hparams_registry, training
+from domainbed_hp import checkpoint, hparams_registry, records, training
+from domainbed_hp.algorithms import get_algorithm_class
 from domainbed_hp.algorithms.base import Pixels
+from domainbed_hp.datasets.opened import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages
+from domainbed_hp.datasets.splits import splits
 from domainbed_hp.datasets.views import Decoded
 from domainbed_hp.models import load_model
 from domainbed_hp.registry import UsageError
+from domainbed_hp.runs import State, Taken, failure, state
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import main
 from domainbed_hp.training import RunArgs, train
@@ -31,7 +39,7 @@ def go(folder: Path, **kwargs: Any) -> list[dict[str, Any]]:
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
-        del record["step_time"], record["args"]["output_dir"]
+        del record["step_time"], record["elapsed_s"], record["args"]["output_dir"]
     return records
 
 
@@ -71,8 +79,8 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     assert recipe.algorithm == "HeadPurification" and len(recipe.class_names) == 10
     assert (tmp_path / "run" / "model_step2.safetensors").is_file()
     pixels = type(algorithm).pixels(recipe.hparams, 64)
-    dataset = training.open_dataset(training.find_spec("ShapesDG"), None, pixels)
-    split = training.splits([len(e) for e in dataset.environments], (0,), 0)
+    dataset = open_dataset(find_spec("ShapesDG"), None, pixels)
+    split = splits([len(e) for e in dataset.environments], (0,), 0)
     loader = training.eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
     assert training.accuracy(algorithm, loader, CPU, pixels) == records[-1]["env0_out_acc"]
 
@@ -87,10 +95,8 @@ def test_methods_that_do_not_train_run_for_one_step(tmp_path: Path) -> None:
 
 def test_domain_adaptation_gives_unlabeled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    update = training.get_algorithm_class("LoRA").update
-    monkeypatch.setattr(
-        training.get_algorithm_class("LoRA"), "update", lambda s, m, u: (seen.append(u), update(s, m))[1]
-    )
+    update = get_algorithm_class("LoRA").update
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda s, m, u: (seen.append(u), update(s, m))[1])
     records = go(tmp_path / "a", algorithm="LoRA", task="domain_adaptation", uda_holdout_fraction=0.5, test_envs=(2,))
     assert all(len(u) == 1 and u[0].shape == (4, 3, 64, 64) for u in seen)
     assert "env2_uda_acc" in records[0]
@@ -108,7 +114,7 @@ def test_random_hparams_are_json_and_bf16_runs(tmp_path: Path) -> None:
 
 
 def test_nan_stops_the_run_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.get_algorithm_class("LoRA"), "update", lambda *_: {"ce": float("nan")})
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ce": float("nan")})
     with pytest.raises(FloatingPointError, match="ce is nan at step 0"):
         go(tmp_path / "run", algorithm="LoRA")
     assert "ce is nan" in (tmp_path / "run" / "err.txt").read_text()
@@ -205,7 +211,182 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
         training.accuracy(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Pixels(8))
 
 
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    go(tmp_path / "run", algorithm="ZeroShotCLIP")
-    with pytest.raises(UsageError, match="already holds a run"):
+def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
+    before = go(tmp_path / "run", algorithm="ZeroShotCLIP")
+    with pytest.raises(Taken, match="already holds a run that is done"):
         go(tmp_path / "run", algorithm="ZeroShotCLIP")
+    assert records.load_run(tmp_path / "run") == before
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], object], algorithm: str = "LoRA") -> None:
+    """Call `how` in the update of a step, once."""
+    seen, update = [0], get_algorithm_class(algorithm).update
+
+    def stopping(*args: Any) -> dict[str, float]:
+        seen[0] += 1
+        if seen[0] == step + 1:
+            how()
+        return update(*args)
+
+    monkeypatch.setattr(get_algorithm_class(algorithm), "update", stopping)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash() -> None:
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "how", "step"),
+    [(name, how, step) for name, steps in (("HeadPurification", (3, 5)), ("LoRA", (0, 6))) for step in steps
+     for how in (terminate, crash)],
+)  # fmt: skip
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, how: Callable[[], object], step: int
+) -> None:
+    settings = {"algorithm": algorithm, "steps": 7, "checkpoint_freq": 3, "keep": "best"}
+    whole = go(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_at(step, patch, how, algorithm)
+        with pytest.raises((SystemExit, RuntimeError)) as caught:
+            go(tmp_path / "run", **settings)
+    if how is terminate:
+        assert caught.value.code == 128 + signal.SIGTERM
+        assert state(tmp_path / "run") == State.INCOMPLETE
+    else:
+        assert state(tmp_path / "run") == State.FAILED and failure(tmp_path / "run") == "RuntimeError: boom"
+    resumed = go(tmp_path / "run", **settings)
+    assert without_times(resumed) == without_times(whole)
+    for name in ("model", "model_best"):
+        a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("run", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"done", "out.txt", "results.jsonl", "model.safetensors", "model_best.safetensors"}
+    if step > (0 if how is crash else -1):
+        assert "Resumed after step" in (tmp_path / "run" / "out.txt").read_text()
+
+
+def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
+    whole = go(tmp_path / "whole", **settings)
+    accuracy, calls = training.accuracy, [0]
+
+    def stopping(*args: Any) -> float:
+        calls[0] += 1
+        if calls[0] == 9:  # the third split of the second record
+            terminate()
+        return accuracy(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "accuracy", stopping)
+        with pytest.raises(SystemExit):
+            go(tmp_path / "run", **settings)
+    assert [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+    assert checkpoint.load(tmp_path / "run")["step"] == 2  # no step is done twice
+    assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(1, monkeypatch, lambda: (terminate(), terminate()))
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", algorithm="LoRA")
+    assert state(tmp_path / "run") == State.INCOMPLETE
+
+
+def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
+    whole = go(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_at(3, patch, crash)
+        with pytest.raises(RuntimeError):
+            go(tmp_path / "run", **settings)
+    path = tmp_path / "run" / "results.jsonl"
+    assert [r["step"] for r in records.load_run(path)] == [0, 2]
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.warns(UserWarning, match="torn"):
+        resumed = go(tmp_path / "run", **settings)
+    assert without_times(resumed) == without_times(whole)
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, crash)
+        with pytest.raises(RuntimeError):
+            go(tmp_path / "run", algorithm="LoRA")
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="already holds another run .seed: there 3, here 4."):
+        go(tmp_path / "run", algorithm="LoRA", seed=4)
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    go(tmp_path / "run", algorithm="LoRA", num_workers=1)
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(3, patch, crash)
+        with pytest.raises(RuntimeError):
+            go(tmp_path / "run", algorithm="LoRA")
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match="cannot be read .*Remove it: the run then starts anew"):
+        go(tmp_path / "run", algorithm="LoRA")
+    path.unlink()
+    assert [r["step"] for r in go(tmp_path / "run", algorithm="LoRA")] == [0, 2, 3]
+
+
+@pytest.mark.parametrize(("number", "after", "stay"), [(errno.ENOSPC, 3, [0]), (errno.EIO, 4, [0, 2])])
+def test_an_error_of_the_disk_is_named_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: int, stay: list[int]
+) -> None:
+    whole = go(tmp_path / "whole", algorithm="LoRA")
+    fsync, calls = os.fsync, [0]
+
+    def failing(fd: int) -> None:
+        calls[0] += 1
+        if calls[0] > after:  # each record is synced, then the checkpoint and its folder
+            raise OSError(number, os.strerror(number))
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError):
+            go(tmp_path / "run", algorithm="LoRA")
+    assert os.strerror(number) in failure(tmp_path / "run")
+    assert [r["step"] for r in records.load_run(tmp_path / "run")] == stay
+    assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
+
+
+def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    stop_at(1, monkeypatch, full)
+    with pytest.raises(UsageError, match="out of GPU memory at step 1: try a smaller batch_size, or --precision bf16"):
+        go(tmp_path / "run", algorithm="LoRA")
+    assert "smaller batch_size" in failure(tmp_path / "run")
+
+
+def test_save_full_has_every_weight(tmp_path: Path) -> None:
+    go(tmp_path / "some", algorithm="LoRA")
+    go(tmp_path / "all", algorithm="LoRA", save="full")
+    some, everything = (load_file(tmp_path / name / "model.safetensors") for name in ("some", "all"))
+    assert len(everything) > 3 * len(some) and all(torch.equal(everything[k], some[k]) for k in some)
+    load_model(tmp_path / "all")
+
+
+def test_no_model_is_saved_where_none_is_wanted(tmp_path: Path) -> None:
+    go(tmp_path / "run", algorithm="LoRA", skip_model_save=True, save_model_every_checkpoint=True, keep="best")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"done", "out.txt", "results.jsonl"}
+
+
+def test_elapsed_time_adds_up_over_resumptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(training.time, "time", lambda: clock[0])
+    with monkeypatch.context() as patch:
+        stop_at(2, patch, lambda: clock.__setitem__(0, 1050.0) or terminate())
+        with pytest.raises(SystemExit):
+            go(tmp_path / "run", algorithm="LoRA")
+    clock[0] = 5000.0
+    assert go(tmp_path / "run", algorithm="LoRA")[-1]["elapsed_s"] == 50.0

@@ -78,6 +78,23 @@ class Algorithm(nn.Module):
         trained |= {name for name, _ in self.named_buffers()}
         return {name: value.detach() for name, value in self.state_dict().items() if name in trained}
 
+    def training_state(self) -> dict[str, Any]:
+        """All that `update` changes, to go on from: trained weights, and the attributes that have a state of their own.
+
+        Those are optimizers and their schedules. Override both methods where `update` changes anything else.
+        """
+        states = {name: value.state_dict() for name, value in self._stateful().items()}
+        return {"weights": self.trained_state(), "states": states}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `training_state`, on an algorithm that was built alike."""
+        self.load_state_dict(state["weights"], strict=False)
+        for name, value in self._stateful().items():
+            value.load_state_dict(state["states"][name])
+
+    def _stateful(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if hasattr(value, "load_state_dict")}
+
 
 def get_algorithm_class(name: str) -> type[Algorithm]:
     """The class registered as `name`; `UsageError` lists the known names."""

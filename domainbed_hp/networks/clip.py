@@ -5,6 +5,7 @@ Preprocessing belongs to the weights: image size, interpolation and normalisatio
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from domainbed_hp import keep
 from domainbed_hp.networks.vit import VisionTower
 from domainbed_hp.registry import UsageError, unknown
 
@@ -115,6 +117,8 @@ class Clip:
     logit_scale: float
     """T, the factor of the cosine; 100 for OpenAI's weights."""
     _model: open_clip.CLIP
+    _key: tuple[str, str] | None
+    """Under which it is kept between jobs; None where its weights are random."""
 
     @property
     def embed_dim(self) -> int:
@@ -123,19 +127,43 @@ class Clip:
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit-norm text features, (len(prompts), E)."""
-        tokenize = _tokenizer(self.source)
-        batches = [self._model.encode_text(tokenize(list(prompts[i : i + 256]))) for i in range(0, len(prompts), 256)]
-        return F.normalize(torch.cat(batches).float(), dim=-1)
+        if self._key and keep.keeping:
+            return _text_features(*self._key, tuple(prompts)).clone()
+        return encode_prompts(self._model, self.source, prompts)
+
+
+def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[str]) -> Tensor:
+    tokenize = _tokenizer(source)
+    batches = [clip.encode_text(tokenize(list(prompts[i : i + 256]))) for i in range(0, len(prompts), 256)]
+    return F.normalize(torch.cat(batches).float(), dim=-1)
 
 
 def load_clip(model: str, pretrained: str) -> Clip:
     """Load a CLIP in fp32 on the CPU; every parameter of its image tower has `requires_grad`."""
     source = find_clip(model, pretrained)
-    clip = _create(source)
-    clip.eval()
+    clip = _pristine(model, pretrained)
     visual = VisionTower(clip.visual, source.preprocess["mean"], source.preprocess["std"])
     del clip.visual
-    return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip)
+    key = None if source.random else (model, pretrained)
+    return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip, key)
+
+
+def _pristine(model: str, pretrained: str) -> open_clip.CLIP:
+    """A CLIP of the caller's own; draws nothing from the global generator, but the weights of `random` depend on it."""
+    with torch.random.fork_rng(devices=[]):
+        if keep.keeping and pretrained != "random":
+            return copy.deepcopy(_load(model, pretrained))
+        return _create(find_clip(model, pretrained)).eval()
+
+
+@keep.kept
+def _load(model: str, pretrained: str) -> open_clip.CLIP:
+    return _create(find_clip(model, pretrained)).eval()
+
+
+@keep.kept
+def _text_features(model: str, pretrained: str, prompts: tuple[str, ...]) -> Tensor:
+    return encode_prompts(_load(model, pretrained), find_clip(model, pretrained), prompts)
 
 
 def export_clip(source: ClipSource, visual: dict[str, Tensor], folder: Path) -> None:

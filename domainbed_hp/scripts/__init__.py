@@ -4,12 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from domainbed_hp.registry import UsageError
+from domainbed_hp.runs import EXIT_TAKEN, Taken
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main`; bad input becomes one message on stderr and exit code 2."""
+    """Call `main`; bad input becomes one message on stderr and exit code 2, a run that is taken `EXIT_TAKEN`."""
     try:
         return main(argv)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_TAKEN if isinstance(error, Taken) else 2

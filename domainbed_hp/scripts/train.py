@@ -1,11 +1,16 @@
-"""Train one algorithm on one data set, leaving out `--test_envs`. DomainBed's flags and defaults, and a few more."""
+"""Train one algorithm on one data set, leaving out `--test_envs`. DomainBed's flags and defaults, and a few more.
+
+A run that was stopped, however it was, goes on when the same command is given again.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from domainbed_hp.registry import ALGORITHMS, DATASETS
+from domainbed_hp.runs import claim
 from domainbed_hp.scripts import run
 from domainbed_hp.sweep import CHOICES
 
@@ -28,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--uda_holdout_fraction", type=float, default=0.0, help="of test environments, split `uda`")
     p.add_argument("--skip_model_save", action="store_true")
     p.add_argument("--save_model_every_checkpoint", action="store_true")
+    p.add_argument("--save", default="trained", choices=["trained", "full"], help="of the model: what trained, or all")
+    p.add_argument("--keep", default="last", choices=["last", "best"], help="best: also by training-domain validation")
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     p.add_argument("--precision", default="fp32", choices=CHOICES["precision"])
     p.add_argument("--loader", default="batched", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
@@ -42,13 +49,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args: dict[str, Any] = vars(parser().parse_args(argv))
-    from domainbed_hp.plugins import import_plugin  # after parsing: --help needs no torch
-    from domainbed_hp.training import RunArgs, train
+    with claim(Path(args["output_dir"])) as held:
+        from domainbed_hp.planning import RunArgs  # after the claim: who comes second is told without loading torch
+        from domainbed_hp.plugins import import_plugin
+        from domainbed_hp.training import train
 
-    for module in args["imports"]:
-        import_plugin(module)
-    args |= {name: tuple(args[name]) for name in ("test_envs", "imports")}
-    train(RunArgs(**args))
+        for module in args["imports"]:
+            import_plugin(module)
+        args |= {name: tuple(args[name]) for name in ("test_envs", "imports")}
+        train(RunArgs(**args), held)
     return 0
 
 
