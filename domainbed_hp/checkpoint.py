@@ -7,6 +7,7 @@ are all there is to keep.
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,8 +29,10 @@ STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") 
 
 def save(run_dir: Path, algorithm: Algorithm, progress: dict[str, Any]) -> None:
     """Write `progress`, plain values, and all that `update` changes."""
+    buffer = io.BytesIO()  # torch's own writer does not say why it failed
+    torch.save(progress | {"algorithm": algorithm.training_state()}, buffer)
     with replaced(run_dir / FILE_NAME) as path:
-        torch.save(progress | {"algorithm": algorithm.training_state()}, path)
+        path.write_bytes(buffer.getbuffer())
 
 
 def load(run_dir: Path) -> dict[str, Any] | None:

@@ -109,6 +109,9 @@ class Claim:
                 file.write(json.dumps(self.owner).ljust(BLOCK))
         except FileExistsError:
             raise taken(self.folder) from None
+        except OSError as error:
+            (self.folder / HEARTBEAT).unlink(missing_ok=True)
+            raise UsageError(f"{self.folder}: cannot be written to: {error.strerror}") from error
         self.thread.start()
 
     def beat(self) -> None:

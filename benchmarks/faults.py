@@ -1,0 +1,117 @@
+"""What a sweep is worth whose processes are killed again and again: the records of one that nobody disturbed.
+
+    python benchmarks/faults.py [--kills 50] [--seed 0]
+
+Six jobs on ShapesDG run undisturbed, then again while at random moments `kill -9` hits the launcher, a job, or both,
+and the sweep is launched anew. Compares every results.jsonl but for times, and watches that a job that is done is never
+touched again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from domainbed_hp.runs import DONE, state
+from domainbed_hp.sweep import load_jobs
+
+LAUNCH = [
+    *("-m", "domainbed_hp.scripts.sweep", "launch", "--skip_confirmation", "--datasets", "ShapesDG"),
+    *("--algorithms", "LoRA", "HeadPurification", "FineTuneCLIP", "--test_envs", "1"),
+    *("--n_trials", "2", "--n_hparams", "1"),
+    *("--steps", "24", "--checkpoint_freq", "3", "--eval_images", "8", "--skip_model_save"),
+    *("--hparams", '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'),
+]
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """A launcher with a process group of its own."""
+    command = [sys.executable, *LAUNCH, "--output_dir", str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started, read from /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(entry.name))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+def outcome(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of each job, without what differs between two runs of the same."""
+    result = {}
+    for job in load_jobs(folder):
+        lines = (job.folder / "results.jsonl").read_text().splitlines()
+        result[job.folder.name] = records = [json.loads(line) for line in lines]
+        for record in records:
+            del record["step_time"], record["elapsed_s"], record["args"]["output_dir"]
+    return result
+
+
+def finished(folder: Path) -> dict[str, int]:
+    """When each job that is done was."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"*/{DONE}")}
+
+
+def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
+    """Launch, kill, launch, ..., until `kills` have hit; then to the end."""
+    hits: Counter[str] = Counter()
+    done: dict[str, int] = {}
+    while True:
+        launcher = start(folder)
+        if sum(hits.values()) < kills:
+            time.sleep(chance.uniform(0.2, 9))
+            victims = {"launcher": [launcher.pid], "job": children(launcher.pid)}
+            victims["both"] = victims["launcher"] + victims["job"]
+            kind = chance.choice(sorted(victims))
+            if launcher.poll() is None and victims[kind]:
+                hits[kind] += 1
+                for pid in victims[kind]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+        code = launcher.wait()
+        for name, when in done.items():
+            assert finished(folder)[name] == when, f"{name} was done, and done again"
+        done = finished(folder)
+        print(f"{sum(hits.values())} kills, {len(done)} jobs done", flush=True)
+        if code == 0 and all(state(job.folder) == "Done" for job in load_jobs(folder)):
+            return hits
+        time.sleep(0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        whole, torn = Path(folder) / "whole", Path(folder) / "torn"
+        begin = time.time()
+        assert start(whole).wait() == 0
+        undisturbed_s, begin = time.time() - begin, time.time()
+        hits = disturb(torn, args.kills, random.Random(args.seed))
+        expected, got = outcome(whole), outcome(torn)
+        print(f"undisturbed: {undisturbed_s:.0f} s; with {dict(hits)} kills: {time.time() - begin:.0f} s")
+        equal = sum(expected[name] == got.get(name) for name in expected)
+        print(f"{equal} of {len(expected)} results.jsonl are equal but for times")
+        if equal < len(expected) or expected.keys() != got.keys():
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
