@@ -21,14 +21,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from domainbed_hp.runs import DONE, state
-from domainbed_hp.sweep import load_jobs
+from domainbed_hp.jobs import load_jobs
+from domainbed_hp.runs import DONE, State, state
 
 LAUNCH = [
     *("-m", "domainbed_hp.scripts.sweep", "launch", "--skip_confirmation", "--datasets", "ShapesDG"),
     *("--algorithms", "LoRA", "HeadPurification", "FineTuneCLIP", "--test_envs", "1"),
     *("--n_trials", "2", "--n_hparams", "1"),
-    *("--steps", "24", "--checkpoint_freq", "3", "--eval_images", "8", "--skip_model_save"),
+    *("--steps", "200", "--checkpoint_freq", "4", "--eval_images", "8", "--skip_model_save"),
     *("--hparams", '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'),
 ]
 
@@ -68,29 +68,34 @@ def finished(folder: Path) -> dict[str, int]:
 
 
 def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
-    """Launch, kill, launch, ..., until `kills` have hit; then to the end."""
+    """Launch and kill, again and again, until `kills` have hit; then launch to the end."""
     hits: Counter[str] = Counter()
     done: dict[str, int] = {}
-    while True:
-        launcher = start(folder)
-        if sum(hits.values()) < kills:
-            time.sleep(chance.uniform(0.2, 9))
-            victims = {"launcher": [launcher.pid], "job": children(launcher.pid)}
-            victims["both"] = victims["launcher"] + victims["job"]
-            kind = chance.choice(sorted(victims))
-            if launcher.poll() is None and victims[kind]:
-                hits[kind] += 1
-                for pid in victims[kind]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-        code = launcher.wait()
-        for name, when in done.items():
-            assert finished(folder)[name] == when, f"{name} was done, and done again"
-        done = finished(folder)
+    launcher = start(folder)
+    while sum(hits.values()) < kills:
+        time.sleep(chance.uniform(0.2, 6))
+        victims = {"launcher": [launcher.pid], "job": children(launcher.pid)}
+        victims["both"] = victims["launcher"] + victims["job"]
+        kind = chance.choice(sorted(kind for kind in victims if victims[kind]))
+        if launcher.poll() is None and victims[kind]:
+            hits[kind] += 1
+            for pid in victims[kind]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        now = finished(folder)
+        assert all(now[name] == when for name, when in done.items()), "a job was done twice"
+        done = now
         print(f"{sum(hits.values())} kills, {len(done)} jobs done", flush=True)
-        if code == 0 and all(state(job.folder) == "Done" for job in load_jobs(folder)):
-            return hits
-        time.sleep(0.1)
+        if len(done) == len(load_jobs(folder)):
+            break
+        if launcher.poll() is not None or kind != "job":
+            launcher.wait()
+            launcher = start(folder)
+    launcher.wait()
+    while start(folder).wait() or any(state(job.folder) != State.DONE for job in load_jobs(folder)):
+        time.sleep(1)
+    assert all(finished(folder)[name] == when for name, when in done.items()), "a job was done twice"
+    return hits
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ DATASETS: dict[str, str] = {
 
 LAUNCHERS: dict[str, str] = {
     "local": "domainbed_hp.launchers.local:launch",
+    "multi_gpu": "domainbed_hp.launchers.multi_gpu:launch",
+    "slurm": "domainbed_hp.launchers.slurm:launch",
     "dummy": "domainbed_hp.launchers.dummy:launch",
 }
 

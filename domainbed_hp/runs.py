@@ -55,7 +55,8 @@ def state(folder: Path) -> State:
         return State.NOT_LAUNCHED
     if alive(folder):
         return State.RUNNING
-    return State.FAILED if (folder / ERROR).exists() else State.INCOMPLETE
+    # DomainBed leaves an empty one in every folder.
+    return State.FAILED if (folder / ERROR).exists() and (folder / ERROR).stat().st_size else State.INCOMPLETE
 
 
 def failure(folder: Path) -> str:
@@ -74,7 +75,10 @@ def alive(folder: Path) -> bool:
         age = time.time() - (folder / HEARTBEAT).stat().st_mtime
     except (OSError, ValueError):
         return False
-    return locked(folder) if owner.get("machine") == machine() else age < DEAD_S
+    with contextlib.suppress(OSError):  # who may not write here tells by the heartbeat, too
+        if owner.get("machine") == machine():
+            return locked(folder)
+    return age < DEAD_S
 
 
 def locked(folder: Path) -> bool:

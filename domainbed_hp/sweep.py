@@ -1,79 +1,33 @@
 """A sweep: runs described once, made into jobs whose state is on disk.
 
 Importing this module imports no torch. `resolve_rows` does, because hparams stand beside the algorithms that read them;
-`save` keeps its answer in `<output_dir>/sweep.json`, so that the state of a sweep is told without torch.
+`jobs.listed` keeps its answer in `<output_dir>/sweep.json`, so that the state of a sweep is told without torch.
 """
 
-import hashlib
+import inspect
 import json
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from domainbed_hp import __version__, registry
+from domainbed_hp.jobs import Job
 from domainbed_hp.registry import UsageError
 from domainbed_hp.seeds import seed_hash
-
-TRAIN_MODULE = "domainbed_hp.scripts.train"
-SWEEP_FILE = "sweep.json"
-# DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
-NOT_IDENTITY = ("data_dir", "output_dir", "device", "num_workers")
-
-
-def job_name(args: Mapping[str, Any]) -> str:
-    """The md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
-    return hashlib.md5(json.dumps(dict(args), sort_keys=True).encode()).hexdigest()
-
 
 CHOICES = {
     "task": ("domain_generalization", "domain_adaptation"),
     "precision": ("fp32", "bf16"),
     "loader": ("batched", "reference"),
+    "save": ("trained", "full"),
+    "keep": ("last", "best"),
 }
 """Values of those arguments that have few."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep: the arguments of `train`, without its output_dir, and the folder it writes to."""
-
-    DONE, INCOMPLETE, NOT_LAUNCHED = "Done", "Incomplete", "Not launched"
-
-    args: dict[str, Any]
-    folder: Path
-
-    @classmethod
-    def under(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
-        identity = {key: value for key, value in args.items() if key not in NOT_IDENTITY}
-        return cls(args, output_dir / job_name(identity))
-
-    @property
-    def state(self) -> str:
-        if (self.folder / "done").exists():
-            return self.DONE
-        return self.INCOMPLETE if self.folder.exists() else self.NOT_LAUNCHED
-
-    @property
-    def command(self) -> list[str]:
-        """argv of the run, flags in sorted order; a list is several items, a boolean is a flag without a value."""
-        command = [sys.executable, "-m", TRAIN_MODULE]
-        for key, value in sorted({**self.args, "output_dir": self.folder}.items()):
-            command.append(f"--{key}")
-            if isinstance(value, list):
-                command += [str(item) for item in value]
-            elif value is not True:
-                command.append(str(value))
-        return command
-
-    def __str__(self) -> str:
-        row = self.args.get("label", self.args["algorithm"])
-        what = f"({self.args['dataset']!r}, {row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
-        return f"{self.state}: {self.folder} {what}"
+LAUNCHER_OPTIONS = ("max_parallel", "jobs_per_process", "jobs_per_gpu", "slurm")
 
 
 @dataclass(frozen=True)
@@ -100,9 +54,11 @@ class SweepSpec:
     data_dir: str = ""
     task: str = "domain_generalization"
     n_trials: int = 3
+    n_trials_from: int = 0
     n_hparams_from: int = 0
     n_hparams: int = 20
     holdout_fraction: float = 0.2
+    uda_holdout_fraction: float = 0.0
     single_test_envs: bool = False
     test_envs: tuple[tuple[int, ...], ...] = ()
     """Empty: every single environment and, unless `single_test_envs`, every pair."""
@@ -112,12 +68,18 @@ class SweepSpec:
     precision: str | None = None
     device: str | None = None
     loader: str | None = None
+    save: str | None = None
+    keep: str | None = None
     num_workers: int | None = None
     skip_model_save: bool = False
     imports: tuple[str, ...] = ()
     """Modules with algorithms and data sets of the user's own, `--import`."""
     launcher: str = "local"
     max_parallel: int | None = None
+    jobs_per_process: int | None = None
+    jobs_per_gpu: int | None = None
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """Options of sbatch: partition, time, mem, ..."""
     hparams: dict[str, Any] = field(default_factory=dict)
     """`name: value` for every algorithm that knows the name, and `algorithm: {name: value}` for one alone."""
 
@@ -131,11 +93,18 @@ class SweepSpec:
         spec = cls(**_typed(cls, {**values, "rows": rows}, source))
         if not (spec.output_dir and spec.datasets and spec.rows):
             raise UsageError(f"{source}: output_dir, datasets and rows must not be empty")
-        if spec.n_trials < 1 or not 0 <= spec.n_hparams_from < spec.n_hparams:
+        if spec.n_trials < 1 or spec.n_trials_from < 0 or not 0 <= spec.n_hparams_from < spec.n_hparams:
             seeds = f"hparams seeds from {spec.n_hparams_from} (n_hparams_from) to below {spec.n_hparams} (n_hparams)"
-            raise UsageError(f"{source}: no jobs: n_trials {spec.n_trials}, {seeds}")
-        if spec.max_parallel is not None and spec.max_parallel < 1:
-            raise UsageError(f"{source}: max_parallel is {spec.max_parallel}; it must be at least 1")
+            trials = f"n_trials {spec.n_trials} from {spec.n_trials_from} (n_trials_from)"
+            raise UsageError(f"{source}: no jobs: {trials}, {seeds}")
+        for name, value in ((name, getattr(spec, name)) for name in LAUNCHER_OPTIONS):
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"{source}: {name} is {value}; it must be at least 1")
+        for name, value in spec.slurm.items():
+            if not isinstance(value, str | int | float):
+                raise UsageError(f"{source}: slurm.{name} is {value!r}; expected a word or a number")
+        if spec.task == "domain_adaptation" and not spec.uda_holdout_fraction:
+            raise UsageError(f"{source}: domain_adaptation needs uda_holdout_fraction: no image would be unlabeled")
         for name, known in CHOICES.items():
             if getattr(spec, name) not in (None, *known):
                 raise registry.unknown(f"{name} in {source}:", getattr(spec, name), known)
@@ -180,6 +149,25 @@ def _wanted(hint: Any) -> str:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def options_of(launcher: Callable[..., list[int]]) -> list[str]:
+    """Those of `LAUNCHER_OPTIONS` that `launcher` takes."""
+    parameters = inspect.signature(launcher).parameters
+    every = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    return [name for name in LAUNCHER_OPTIONS if every or name in parameters]
+
+
+def launcher_of(spec: SweepSpec) -> Callable[[list[list[str]]], list[int]]:
+    """The launcher with the options that were given; `UsageError` for one that it does not know."""
+    launcher = registry.load(registry.LAUNCHERS, "launcher", spec.launcher)
+    given = {name: getattr(spec, name) for name in LAUNCHER_OPTIONS if getattr(spec, name)}
+    for name in given:
+        if name not in options_of(launcher):
+            raise registry.unknown(f"option of launcher {spec.launcher}", name, options_of(launcher) or ["none"])
+    if spec.slurm:
+        given["slurm"] = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in spec.slurm.items()}
+    return partial(launcher, **given)
 
 
 def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
@@ -262,9 +250,21 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
     A job's seed does not depend on the row's label, hparams or steps: rows of one algorithm see the same batches.
     """
     test_envs_of = {dataset: choose_test_envs(spec, dataset) for dataset in spec.datasets}
-    optional = ("checkpoint_freq", "eval_images", "precision", "device", "loader", "data_dir", "skip_model_save")
+    optional = [
+        "checkpoint_freq",
+        "eval_images",
+        "precision",
+        "device",
+        "loader",
+        "save",
+        "keep",
+        "data_dir",
+        "skip_model_save",
+    ]
+    optional += ["uda_holdout_fraction"]
+    trial_seeds = range(spec.n_trials_from, spec.n_trials_from + spec.n_trials)
     jobs = []
-    for trial_seed, dataset, row in product(range(spec.n_trials), spec.datasets, rows):
+    for trial_seed, dataset, row in product(trial_seeds, spec.datasets, rows):
         for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
             args: dict[str, Any] = {
                 "dataset": dataset,
@@ -290,36 +290,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
     return jobs
 
 
-def save(spec: SweepSpec, rows: Sequence[Row], jobs: Sequence[Job]) -> None:
-    """Write `<output_dir>/sweep.json` whole or not at all; what earlier launches left in the folder stays listed."""
-    path = Path(spec.output_dir) / SWEEP_FILE
-    ours = {row.name: {"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams} for row in rows}
-    earlier: list[Job] = []
-    before: dict[str, Any] = {}
-    if path.exists():
-        folders = {job.folder for job in jobs}
-        earlier = [j for j in load_jobs(path.parent) if j.folder not in folders and j.state != Job.NOT_LAUNCHED]
-    if earlier:
-        used = {job.args.get("label", job.args["algorithm"]) for job in earlier} | set(ours)
-        before = {row["label"]: row for row in json.loads(path.read_text())["rows"] if row["label"] in used}
-    content = {
-        "version": __version__,
-        "spec": asdict(spec),
-        "rows": list((before | ours).values()),
-        "jobs": [{"folder": job.folder.name, "args": job.args} for job in [*jobs, *earlier]],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def load_jobs(output_dir: Path) -> list[Job]:
-    """The jobs that `save` wrote, without importing an algorithm."""
-    path = output_dir / SWEEP_FILE
-    try:
-        return [Job(job["args"], output_dir / job["folder"]) for job in json.loads(path.read_text())["jobs"]]
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} not found: no sweep was launched into {output_dir}; see --output_dir") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a sweep file ({error!r}); delete it and launch again") from error
+def described(spec: SweepSpec, rows: Sequence[Row]) -> dict[str, Any]:
+    """What sweep.json says of a sweep beside its jobs: for who reads a table made of them."""
+    kept = [{"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams} for row in rows]
+    return {"version": __version__, "spec": asdict(spec), "rows": kept}

@@ -11,15 +11,19 @@ import domainbed_hp
 
 PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
-    "scripts": {"training", "planning", "keep", "runs", "plugins", "models", "sweep", "tables", "model_selection", "records", "hparams_registry",
-                "algorithms", "networks", "datasets", "launchers"},
+    "scripts": {"training", "planning", "plugins", "models", "keep", "runs", "settings", "sweep", "jobs", "progress",
+                "tables", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
+                "launchers"},
     "training": {"planning", "checkpoint", "runs", "algorithms", "datasets", "records", "models", "logs"},
     "planning": {"algorithms", "datasets", "hparams_registry", "models", "keep"},
     "checkpoint": {"algorithms", "disk"},
     "models": {"algorithms", "disk"},
     "plugins": {"algorithms", "datasets"},
     "logs": set(),
-    "sweep": {"runs", "plugins", "launchers", "hparams_registry", "algorithms", "datasets"},
+    "settings": {"sweep"},
+    "sweep": {"jobs", "plugins", "hparams_registry", "algorithms", "datasets"},
+    "progress": {"jobs", "runs"},
+    "jobs": {"runs", "disk"},
     "tables": {"model_selection", "records"},
     "model_selection": {"records"},
     "records": {"disk"},

@@ -81,7 +81,8 @@ def test_defaults_in_the_table_are_the_defaults() -> None:
     for name in HeadPurification.HPARAMS.keys() - {"clip_model", "clip_pretrained", "batch_size", "input_norm"}:
         if name not in ("template", "gate_shuffle"):
             assert f"`{name}`" in README, name
-    for line in README.splitlines():
+    table = README.partition("| hparam | default | choices |")[2].partition("\n\n")[0]
+    for line in table.splitlines():
         cells = [c.strip() for c in line.strip("|").split("|")]
         names = re.findall(r"`(\w+)`", cells[0]) if line.startswith("| `") and len(cells) == 3 else []
         if names:

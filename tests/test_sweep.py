@@ -1,9 +1,12 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,17 @@ from typing import Any
 import pytest
 from helpers import photo
 
-from domainbed_hp import registry, sweep
+from domainbed_hp import jobs as jobs_module
+from domainbed_hp import registry, runs
 from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.jobs import Job, job_name, load_jobs
 from domainbed_hp.registry import UsageError
+from domainbed_hp.runs import State
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts import sweep as script
-from domainbed_hp.sweep import Job, Row, SweepSpec, job_name, make_jobs, resolve_rows
+from domainbed_hp.settings import spec_from
+from domainbed_hp.sweep import Row, SweepSpec, make_jobs, resolve_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,21 +57,51 @@ class StubLoRA(StubERM):
         return {"lr": HParam(1e-3), "lora_rank": HParam(4)}
 
 
+STUB_TRAIN = """
+import json, sys
+from pathlib import Path
+from domainbed_hp.runs import claim
+from domainbed_hp.scripts import run
+
+def main(argv):
+    folder = Path(argv[argv.index("--output_dir") + 1])
+    with claim(folder):
+        if "LoRA" in argv and not Path("repaired").exists():
+            (folder / "out.txt").touch()
+            raise RuntimeError("LoRA is broken")
+        with open(folder / "argv.jsonl", "a") as file:
+            file.write(json.dumps(argv) + "\\n")
+        (folder / "done").write_text("done")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """ERM and LoRA without torch, a `train` that only notes its arguments, and tmp_path as the current folder."""
     monkeypatch.setitem(registry.ALGORITHMS, "ERM", f"{__name__}:StubERM")
     monkeypatch.setitem(registry.ALGORITHMS, "LoRA", f"{__name__}:StubLoRA")
-    (tmp_path / "stub_train.py").write_text(
-        "import json, pathlib, sys\n"
-        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
-        "if 'LoRA' in sys.argv: raise RuntimeError('LoRA is broken')\n"
-        "(folder / 'argv.json').write_text(json.dumps(sys.argv[1:]))\n"
-        "(folder / 'done').write_text('done')\n"
-    )
-    monkeypatch.setattr(sweep, "TRAIN_MODULE", "stub_train")
+    (tmp_path / "stub_train.py").write_text(STUB_TRAIN)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(jobs_module, "TRAIN_MODULE", "stub_train")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the local launcher was called with, in place of launching: commands, options, commands, ..."""
+    calls: list[Any] = []
+
+    def launch(commands: list[list[str]], max_parallel: int | None = None, jobs_per_process: int = 1) -> list[int]:
+        calls.extend([commands, {"max_parallel": max_parallel, "jobs_per_process": jobs_per_process}])
+        return [0] * len(commands)
+
+    monkeypatch.setattr("domainbed_hp.launchers.local.launch", launch)
+    return calls
 
 
 def spec_of(**values: Any) -> SweepSpec:
@@ -142,7 +179,7 @@ def test_rows_of_one_algorithm_share_seeds_but_not_folders() -> None:
     assert len({j.folder for j in jobs}) == 8
     assert "label" not in jobs[0].args and jobs[4].args["label"] == "LoRA, more"
     assert jobs[4].args["hparams"] == '{"lora_rank": 8}' and jobs[4].args["steps"] == 3
-    assert "'LoRA, more', [0], 0)" in str(jobs[4])
+    assert jobs[4].describe(State.DONE) == f"Done: {jobs[4].folder} ('PACS', 'LoRA, more', [0], 0)"
 
 
 def test_later_hparams_win_and_general_ones_go_to_who_knows_them(stubs: Path) -> None:
@@ -168,7 +205,7 @@ def test_flags_win_over_the_file(stubs: Path) -> None:
         '[[rows]]\nalgorithm = "HeadPurification"\n'
     )
     flags = {"output_dir": "b", "n_trials": 2, "single_test_envs": True, "algorithms": ["ERM", "LoRA"]}
-    spec = script.spec_from("s.toml", flags | {"hparams": '{"lora_rank": 3, "lr": 0.5}'})
+    spec = spec_from("s.toml", flags | {"hparams": '{"lora_rank": 3, "lr": 0.5}'})
     assert (spec.output_dir, spec.n_trials, spec.test_envs) == ("b", 2, ())
     assert resolve_rows(spec) == (Row("LoRA", hparams={"lora_rank": 3, "lr": 0.5}), Row("ERM", hparams={"lr": 0.5}))
 
@@ -176,31 +213,94 @@ def test_flags_win_over_the_file(stubs: Path) -> None:
 DEBUG = ["--output_dir", "out", "--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1", "--n_hparams", "1"]
 
 
+def folders_of(commands: list[list[str]]) -> set[Path]:
+    return {Path(command[command.index("--output_dir") + 1]) for command in commands}
+
+
+def leave(job: Job, state: State) -> None:
+    """The files of a run in that state; a running one is another machine's."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "out.txt").write_text("Environment:")
+    files = {
+        State.DONE: (runs.DONE, "done"),
+        State.FAILED: (runs.ERROR, "Traceback\n  ...\nOSError: disk full\n"),
+        State.RUNNING: (runs.HEARTBEAT, json.dumps({"machine": "another", "host": "node7", "pid": 1})),
+    }
+    if state in files:
+        name, text = files[state]
+        (job.folder / name).write_text(text)
+
+
+@pytest.fixture
+def one_of_each(stubs: Path, capsys: pytest.CaptureFixture[str]) -> dict[State, Job]:
+    """A sweep of five states and a second job that is not launched."""
+    spec = spec_of(datasets=["Debug28"], n_trials=1)
+    jobs = make_jobs(spec, spec.rows)
+    states = [State.DONE, State.RUNNING, State.FAILED, State.INCOMPLETE]
+    assert run(script.main, ["launch", *DEBUG, "--command_launcher", "dummy"]) == 0
+    for job in jobs:
+        job.folder.rmdir()
+    for job, state in zip(jobs, states, strict=False):
+        leave(job, state)
+    capsys.readouterr()
+    return dict(zip([*states, State.NOT_LAUNCHED], jobs, strict=False))
+
+
 def test_dummy_end_to_end(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """DomainBed's own test: 6 lines, then 0 because the jobs are launched, then 6 again after delete_incomplete."""
+    """DomainBed's own test, but that incomplete jobs are launched without being deleted first."""
 
     def lines(command: str, *more: str) -> int:
         assert run(script.main, [command, *DEBUG, "--command_launcher", "dummy", *more]) == 0
         return sum(line.startswith("Dummy launcher:") for line in capsys.readouterr().out.splitlines())
 
     assert lines("launch") == 6
-    assert lines("launch") == 0
+    assert lines("launch") == 6
     assert lines("delete_incomplete", "--skip_confirmation") == 0
+    assert not [job for job in load_jobs(Path("out")) if job.folder.exists()]
     assert lines("launch") == 6
 
 
-def test_states_and_summary(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(script.main, ["launch", *DEBUG, "--command_launcher", "dummy"]) == 0
-    jobs = sweep.load_jobs(Path("out"))
-    (jobs[0].folder / "done").write_text("done")
-    jobs[1].folder.rmdir()
-    capsys.readouterr()
+def test_status(one_of_each: dict[State, Job], capsys: pytest.CaptureFixture[str]) -> None:
+    folders = {state: job.folder for state, job in one_of_each.items()}
+    os.utime(folders[State.DONE] / "done", (time.time() - 60,) * 2)
     assert run(script.main, ["status", "--output_dir", "out"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"Failed: {folders[State.FAILED]} ('Debug28', 'ERM', [0, 2], 0): OSError: disk full",
+        "6 jobs: 1 done, 1 running, 1 failed, 1 incomplete, 2 not launched.",
+        "At work; the rate shows once a job is done.",
+    ]
+    assert run(script.main, ["status", "--output_dir", "out", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"Done: {jobs[0].folder} ('Debug28', 'ERM', [0], 0)"
-    assert lines[1] == f"Not launched: {jobs[1].folder} ('Debug28', 'ERM', [0, 1], 0)"
-    assert lines[2] == f"Incomplete: {jobs[2].folder} ('Debug28', 'ERM', [0, 2], 0)"
-    assert lines[-1] == "6 jobs: 1 done, 4 incomplete, 1 not launched."
+    assert [line.split(":")[0] for line in lines[:6]] == [*map(str, folders), "Not launched"]
+    assert lines[0] == f"Done: {folders[State.DONE]} ('Debug28', 'ERM', [0], 0)"
+
+
+def test_status_for_machines(one_of_each: dict[State, Job], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(script.main, ["status", "--output_dir", "out", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {name: told[name] for name in ("total", "done", "running", "failed", "incomplete", "not_launched")} == {
+        "total": 6, "done": 1, "running": 1, "failed": 1, "incomplete": 1, "not_launched": 2
+    }  # fmt: skip
+    failed = told["jobs"][2]
+    assert failed["state"] == "failed" and failed["error"] == "OSError: disk full"
+    assert failed["folder"] == str(one_of_each[State.FAILED].folder) and failed["args"]["test_envs"] == [0, 2]
+
+
+def test_launch_starts_what_is_not_launched_or_incomplete(
+    one_of_each: dict[State, Job], launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(script.main, ["launch", *DEBUG, "--skip_confirmation"]) == 1, "one is failed, and stays"
+    left_alone = {one_of_each[state].folder for state in (State.DONE, State.RUNNING, State.FAILED)}
+    assert len(launched[0]) == 3 and not folders_of(launched[0]) & left_alone
+    out, err = capsys.readouterr()
+    assert "About to launch 3 jobs. 1 of them go on where they stopped." in out
+    assert "1 of 6 jobs failed:\nFailed: " in err and "OSError: disk full" in err
+    assert f"launch {' '.join(DEBUG)} --skip_confirmation --retry_failed\n" in err
+
+
+def test_retry_failed(one_of_each: dict[State, Job], launched: list[Any]) -> None:
+    run(script.main, ["launch", *DEBUG, "--skip_confirmation", "--retry_failed"])
+    assert len(launched[0]) == 4 and one_of_each[State.FAILED].folder in folders_of(launched[0])
 
 
 def test_local_end_to_end(stubs: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -208,14 +308,65 @@ def test_local_end_to_end(stubs: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert run(script.main, argv) == 1
     out, err = capfd.readouterr()
     assert "6 jobs: 0 done, 0 incomplete, 6 not launched." in out
-    assert err.count("    RuntimeError: LoRA is broken") == 3
-    assert "3 of 6 jobs failed:" in err
-    jobs = sweep.load_jobs(Path("out"))
-    assert [job.state for job in jobs] == [Job.INCOMPLETE] * 3 + [Job.DONE] * 3
-    assert json.loads((jobs[3].folder / "argv.json").read_text()) == jobs[3].command[3:]
+    assert "3 of 6 jobs failed:" in err and err.count("RuntimeError: LoRA is broken") == 6
+    jobs = load_jobs(Path("out"))
+    assert [job.state for job in jobs] == [State.FAILED] * 3 + [State.DONE] * 3
+    assert json.loads((jobs[3].folder / "argv.jsonl").read_text()) == jobs[3].command[3:]
 
-    assert run(script.main, argv) == 0, "nothing is left to launch, so nothing fails"
-    assert "3 incomplete jobs are not launched again before: " in capfd.readouterr().err
+    Path("repaired").touch()
+    assert run(script.main, argv) == 1, "failed jobs are not tried again by themselves"
+    assert [job.state for job in jobs] == [State.FAILED] * 3 + [State.DONE] * 3
+    assert run(script.main, [*argv, "--retry_failed"]) == 0
+    assert [job.state for job in jobs] == [State.DONE] * 6
+    assert capfd.readouterr().out.endswith("--input_dir out\n")
+
+
+LAUNCHER = """
+import sys
+from test_sweep import StubERM
+from domainbed_hp import jobs, registry
+from domainbed_hp.scripts import run, sweep
+
+registry.ALGORITHMS["ERM"] = "test_sweep:StubERM"
+jobs.TRAIN_MODULE = "stub_train"
+sys.exit(run(sweep.main, sys.argv[1:]))
+"""
+
+
+def test_two_launchers_run_no_job_twice(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    argv = ["launch", *DEBUG, "--n_hparams", "10", "--n_trials", "2", "--test_envs", "0", "1"]
+    command = [sys.executable, "-c", LAUNCHER, *argv, "--max_parallel", "2", "--skip_confirmation"]
+    two = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [launcher.communicate() for launcher in two]
+    assert [launcher.returncode for launcher in two] == [0, 0], ends
+    jobs = load_jobs(Path("out"))
+    assert Counter(job.state for job in jobs) == {State.DONE: 40}
+    assert {len((job.folder / "argv.jsonl").read_text().splitlines()) for job in jobs} == {1}
+    assert not [err for _, err in ends if "failed" in err]
+    counts = [int(out.split("Launched ")[1].split()[0]) for out, _ in ends]
+    assert sum(counts) == 40 and min(counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        (runs.EXIT_TAKEN, 0, "Launched 5 jobs! 1 were taken by another launcher.\n"),
+        (-9, 1, "1 jobs stopped before they were done:\nexit code -9: Not launched: "),
+        (143, 1, "exit code 143: Not launched: "),
+    ],
+)
+def test_how_jobs_end(
+    stubs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    exit_code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr("domainbed_hp.launchers.dummy.launch", lambda commands: [0, code, 0, 0, 0, 0])
+    assert run(script.main, ["launch", *DEBUG, "--command_launcher", "dummy"]) == exit_code
+    assert message in "".join(capsys.readouterr())
 
 
 def test_sweep_file_keeps_what_earlier_launches_left(stubs: Path) -> None:
@@ -228,12 +379,109 @@ def test_sweep_file_keeps_what_earlier_launches_left(stubs: Path) -> None:
     assert [path.name for path in Path("out").iterdir() if path.is_file()] == ["sweep.json"]
 
 
+def test_delete_incomplete_spares_what_is_running(
+    one_of_each: dict[State, Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(script.main, ["delete_incomplete", "--output_dir", "out", "--skip_confirmation"]) == 0
+    out = capsys.readouterr().out
+    assert "About to delete 2 jobs.\nDeleted 2 jobs! 1 are running and stay.\n" in out
+    left = {state for state, job in one_of_each.items() if job.folder.exists()}
+    assert left == {State.DONE, State.RUNNING}
+
+
+def test_delete_incomplete_spares_a_job_that_starts_meanwhile(
+    one_of_each: dict[State, Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = one_of_each[State.INCOMPLETE]
+    with runs.claim(job.folder):
+        monkeypatch.setattr(Job, "state", State.INCOMPLETE)
+        assert run(script.main, ["delete_incomplete", "--output_dir", "out", "--skip_confirmation"]) == 0
+        assert (job.folder / "out.txt").exists()
+    assert (one_of_each[State.DONE].folder / "done").exists()
+    assert "3 are running and stay" in capsys.readouterr().out
+
+
 def test_delete_incomplete_spares_jobs_that_the_flags_do_not_name(stubs: Path) -> None:
     for algorithm in ["ERM", "LoRA"]:
         assert run(script.main, ["launch", *DEBUG, "--algorithms", algorithm, "--command_launcher", "dummy"]) == 0
     assert run(script.main, ["delete_incomplete", *DEBUG, "--skip_confirmation"]) == 0
-    left = {job.args["algorithm"] for job in sweep.load_jobs(Path("out")) if job.state == Job.INCOMPLETE}
+    left = {job.args["algorithm"] for job in load_jobs(Path("out")) if job.state == State.INCOMPLETE}
     assert left == {"LoRA"}
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_writes_nothing(
+    one_of_each: dict[State, Job], launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (one_of_each[State.DONE].folder / "results.jsonl").write_text('{"elapsed_s": 600.0}\n')
+    before = snapshot(Path())
+    assert run(script.main, ["launch", *DEBUG, "--dry_run"]) == 0, "and asks nothing"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["Incomplete", "Not launched", "Not launched"]
+    assert lines[-2] == "Would launch 3 jobs."
+    assert "Cost: about 30 min" in lines[-1] and "1 that are done; 3 by its row and data set" in lines[-1]
+    assert run(script.main, ["launch", *DEBUG, "--dry_run", "--retry_failed", "--output_dir", "new/sweep"]) == 0
+    assert "No estimate" in capsys.readouterr().out
+    assert snapshot(Path()) == before and not launched
+
+
+@pytest.mark.parametrize(
+    "argv", [["delete_incomplete", "--dry_run"], ["launch", "--json"], ["status", "--retry_failed"]]
+)
+def test_a_flag_of_another_command(stubs: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert run(script.main, argv) == 2
+    assert f"{argv[1]} is a flag of" in capsys.readouterr().err
+
+
+def test_only_launcher_options_that_were_given_are_passed(stubs: Path, launched: list[Any]) -> None:
+    assert run(script.main, ["launch", *DEBUG, "--jobs_per_process", "4", "--skip_confirmation"]) == 0
+    assert launched[1] == {"max_parallel": None, "jobs_per_process": 4}
+
+
+def test_a_file_s_launcher_options_are_for_its_launcher(
+    stubs: Path, launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("s.toml").write_text("max_parallel = 3\n" + FEW + FILE)
+    assert run(script.main, ["launch", "--config", "s.toml", "--skip_confirmation"]) == 0
+    assert launched[1]["max_parallel"] == 3
+    assert run(script.main, ["launch", "--config", "s.toml", "--command_launcher", "dummy"]) == 0
+    assert run(script.main, ["launch", "--config", "s.toml", "--command_launcher", "dummy", "--max_parallel", "3"]) == 2
+    assert "unknown option of launcher dummy 'max_parallel'. Known: none" in capsys.readouterr().err
+
+
+def test_slurm_options(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def launch(commands: list[list[str]], **options: Any) -> list[int]:
+        given.update(options)
+        return [0] * len(commands)
+
+    monkeypatch.setattr("domainbed_hp.launchers.dummy.launch", launch)
+    Path("s.toml").write_text(
+        'launcher = "dummy"\nslurm = { partition = "gpu", mem = "4GB", time = 60, exclusive = true }\n' + FEW + FILE
+    )
+    assert run(script.main, ["launch", "--config", "s.toml", "--slurm", "mem=8GB", "export=A=1"]) == 0
+    assert given == {"slurm": {"partition": "gpu", "mem": "8GB", "time": "60", "exclusive": "true", "export": "A=1"}}
+
+
+def test_slurm_options_are_words() -> None:
+    with pytest.raises(UsageError, match=r"slurm.mem is \[1\]; expected a word or a number"):
+        spec_of(slurm={"mem": [1]})
+
+
+def test_test_envs_and_trials_as_flags() -> None:
+    flags = {"datasets": ["PACS"], "algorithms": ["ERM"], "output_dir": "out", "n_hparams": 1}
+    spec = spec_from(None, flags | {"test_envs": ["3", "0,2"], "n_trials": 2, "n_trials_from": 5})
+    order = [(job.args["trial_seed"], job.args["test_envs"]) for job in make_jobs(spec, spec.rows)]
+    assert order == [(5, [3]), (5, [0, 2]), (6, [3]), (6, [0, 2])]
+
+
+def test_domain_adaptation_in_a_sweep() -> None:
+    (job,) = jobs_of(task="domain_adaptation", uda_holdout_fraction=0.5, test_envs=[[0]], n_trials=1)
+    assert "--uda_holdout_fraction 0.5" in " ".join(job.command)
 
 
 def test_a_question_that_nobody_can_answer(
@@ -245,14 +493,16 @@ def test_a_question_that_nobody_can_answer(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(("answer", "launched"), [("Yes", True), ("n", False), ("", False)])
-def test_confirmation(stubs: Path, monkeypatch: pytest.MonkeyPatch, answer: str, launched: bool) -> None:
+@pytest.mark.parametrize(("answer", "started"), [("Yes", True), ("n", False), ("", False)])
+def test_confirmation(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch, launched: list[Any], answer: str, started: bool
+) -> None:
     questions = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or answer)
     assert run(script.main, ["launch", *DEBUG]) == 0
     assert questions == ["Are you sure? (y/n) "]
-    assert Path("out").exists() == launched
+    assert Path("out").exists() == bool(launched) == started
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(
@@ -262,11 +512,20 @@ def test_an_interrupted_sweep_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("domainbed_hp.launchers.dummy.launch", interrupted)
-    assert run(script.main, ["launch", *DEBUG, "--command_launcher", "dummy"]) == 130
-    assert "delete_incomplete --output_dir out" in capsys.readouterr().err
+    argv = ["launch", *DEBUG, "--command_launcher", "dummy"]
+    assert run(script.main, argv) == 130
+    err = capsys.readouterr().err
+    assert "6 not launched. Incomplete ones go on from the state that they saved.\n" in err
+    assert f"To go on: python -m domainbed_hp.scripts.sweep {' '.join(argv)}\n" in err
+    leave(load_jobs(Path("out"))[0], State.RUNNING)
+    assert run(script.main, argv) == 130
+    assert "1 running, 0 incomplete, 5 not launched. 1 still run." in capsys.readouterr().err, (
+        "as after the slurm launcher"
+    )
 
 
 FILE = 'output_dir = "out"\ndatasets = ["Debug28"]\n[[rows]]\nalgorithm = "ERM"\n'
+FEW = "n_trials = 1\nn_hparams = 1\n"
 
 
 @pytest.mark.parametrize(
@@ -284,6 +543,15 @@ FILE = 'output_dir = "out"\ndatasets = ["Debug28"]\n[[rows]]\nalgorithm = "ERM"\
         (["--n_trials", "0"], "no jobs: n_trials 0"),
         (["--n_hparams_from", "1"], "no jobs"),
         (["--max_parallel", "0"], "max_parallel is 0"),
+        (
+            ["--jobs_per_gpu", "2"],
+            "unknown option of launcher local 'jobs_per_gpu'. Did you mean 'jobs_per_process'? Known: max_p",
+        ),
+        (["--slurm", "partition"], "--slurm partition: expected KEY=VALUE"),
+        (["--test_envs", "a"], "--test_envs a: expected numbers"),
+        (["--test_envs", "3"], "Debug28 has the environments 0 to 2"),
+        (["--n_trials_from", "-1"], "no jobs: n_trials 1 from -1"),
+        (["--task", "domain_adaptation"], "needs uda_holdout_fraction"),
         (["--datasets", "Debug28", "Debug28"], "the same job twice"),
         (["--import", "no_such_module"], "--import no_such_module"),
         (["--config", "nowhere.toml"], "--config nowhere.toml: cannot be read"),
@@ -381,17 +649,30 @@ def test_status_imports_no_torch(stubs: Path) -> None:
     assert "6 jobs: 0 done, 6 incomplete, 0 not launched." in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("count", "states", "seconds"),
+    [(1000, [*State], 2), pytest.param(10_000, [State.DONE], 5, marks=pytest.mark.slow)],
+)
+def test_status_of_many_jobs_is_quick(stubs: Path, count: int, states: list[State], seconds: float) -> None:
+    jobs = jobs_of(n_trials=count // 10)[:count]
+    for i, job in enumerate(jobs):
+        if (state := states[i % len(states)]) != State.NOT_LAUNCHED:
+            leave(job, state)
+    jobs_module.save(Path("out"), {"rows": []}, jobs, others=False)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "domainbed_hp.scripts.sweep", "status", "--output_dir", "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < seconds
+    assert f"{count} jobs: {count // len(states)} done" in result.stdout
+
+
 def test_launch_without_flags_is_the_quickstart(
-    stubs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stubs: Path, monkeypatch: pytest.MonkeyPatch, launched: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    launched: list[list[str]] = []
-    monkeypatch.setattr(
-        "domainbed_hp.launchers.local.launch", lambda commands: [launched.append(c) or 0 for c in commands]
-    )
     assert run(script.main, ["launch"]) == 0, "no question asked, although nobody could answer"
     assert Path("results/quickstart/sweep.json").exists()
-    assert len(launched) == 12
+    assert len(launched[0]) == 12
     assert run(script.main, ["status"]) == 0
     assert capsys.readouterr().out.endswith("12 jobs: 0 done, 0 incomplete, 12 not launched.\n")
 

@@ -1,46 +1,42 @@
 """Launch a table of runs, tell how far it is, delete what was interrupted."""
 
 import argparse
+import contextlib
 import json
 import shlex
-import shutil
 import signal
 import sys
-import tomllib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from domainbed_hp import registry
+from domainbed_hp.jobs import SWEEP_FILE, Job, listed, load_jobs
+from domainbed_hp.progress import Progress, estimate
 from domainbed_hp.registry import UsageError
+from domainbed_hp.runs import EXIT_TAKEN, State, Taken
 from domainbed_hp.scripts import run
-from domainbed_hp.sweep import (
-    CHOICES,
-    SWEEP_FILE,
-    Job,
-    Row,
-    SweepSpec,
-    check_data,
-    load_jobs,
-    make_jobs,
-    resolve_rows,
-    save,
-)
+from domainbed_hp.settings import spec_from
+from domainbed_hp.sweep import CHOICES, SweepSpec, check_data, described, launcher_of, make_jobs, resolve_rows
 
 EPILOG = """\
-`launch` without any flag runs the quickstart: a small table on the CPU, into results/quickstart.
+`launch` without any flag runs the quickstart: a small table on the CPU, into results/quickstart. It starts what is not
+launched and what is incomplete, which goes on where it stopped; what is done, running or failed is left alone. Any
+number of launchers may work on one sweep, on machines that share its folder.
+`delete_incomplete` removes what is incomplete or failed, never what is running, so that it starts afresh.
 `status` and `delete_incomplete` read <output_dir>/sweep.json (results/quickstart without a flag), unless more flags say
 which jobs are meant. A sweep file (TOML) holds the same settings; sweeps/*.toml are examples.
 """
+COMMAND = ("python", "-m", "domainbed_hp.scripts.sweep")
+ONLY = {"retry_failed": "launch", "dry_run": "launch", "json": "status"}
+"""Flags that one command alone knows."""
+NOT_SETTINGS = ("command", "config", "seed", "skip_confirmation", "list", *ONLY)
 
 
 def parser() -> argparse.ArgumentParser:
     # Defaults are None: a flag that is not given leaves the sweep file's value, or SweepSpec's default, in force.
     p = argparse.ArgumentParser(
-        "python -m domainbed_hp.scripts.sweep",
+        " ".join(COMMAND),
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -58,76 +54,40 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data_dir", help="folder that holds the data sets' folders")
     p.add_argument("--seed", type=int, help="not used, as in DomainBed: a job's seed is hashed from its arguments")
     p.add_argument("--n_trials", type=int, help="default 3")
+    p.add_argument("--n_trials_from", type=int, help="the first trial's seed (default 0)")
     p.add_argument("--command_launcher", dest="launcher", help=f"default local; known: {', '.join(registry.LAUNCHERS)}")
     p.add_argument("--max_parallel", type=int, help="jobs at a time; default: the launcher's")
+    p.add_argument("--jobs_per_process", type=int, help="local: so many jobs, one by one, share a process (default 1)")
+    p.add_argument("--jobs_per_gpu", type=int, help="multi_gpu: jobs at a time on each (default 1)")
+    p.add_argument("--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: partition=gpu mem=16GB ...")
     p.add_argument("--steps", type=int)
     p.add_argument("--checkpoint_freq", type=int)
     p.add_argument("--hparams", help="JSON object, for every algorithm that knows the name; wins over the sweep file")
     p.add_argument("--holdout_fraction", type=float, help="default 0.2")
+    p.add_argument("--uda_holdout_fraction", type=float, help="of test environments, for domain_adaptation")
     p.add_argument("--eval_images", type=int, help="score at most so many images of a split")
     p.add_argument("--precision", choices=CHOICES["precision"])
     p.add_argument("--device")
     p.add_argument("--loader", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
     p.add_argument("--num_workers", type=int, help="loader threads of each job")
+    p.add_argument("--save", choices=CHOICES["save"], help="of the models: what trained, or all")
+    p.add_argument("--keep", choices=CHOICES["keep"], help="best: also the model by training-domain validation")
     p.add_argument(
         "--import", dest="imports", nargs="+", metavar="MODULE", help="modules of your own: algorithms, data sets"
     )
     p.add_argument("--single_test_envs", action="store_true", default=None, help="no pairs of test environments")
+    p.add_argument(
+        "--test_envs", nargs="+", metavar="ENVS", help="these alone, in turn: `0 2` is two runs, `0,2` one without both"
+    )
     p.add_argument("--skip_model_save", action="store_true", default=None)
     p.add_argument("--skip_confirmation", action="store_true", help="do not ask")
+    p.add_argument("--retry_failed", action="store_true", help="launch: the failed jobs, too")
+    p.add_argument(
+        "--dry_run", action="store_true", help="launch: print the jobs and what they may cost, write nothing"
+    )
+    p.add_argument("--list", action="store_true", help="one line per job, as DomainBed; else the failed ones alone")
+    p.add_argument("--json", action="store_true", help="status: for machines")
     return p
-
-
-def read_sweep_file(path: str | None) -> dict[str, Any]:
-    """The contents of a sweep file; without a path the packaged quickstart."""
-    try:
-        file = Path(path) if path else resources.files("domainbed_hp") / "sweeps" / "quickstart.toml"
-        return tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
-
-
-def parse_hparams(text: str) -> dict[str, Any]:
-    try:
-        hparams = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--hparams {text!r}: not valid JSON: {error}") from error
-    if not isinstance(hparams, dict) or any(isinstance(value, dict) for value in hparams.values()):
-        raise UsageError(f"--hparams {text!r}: expected an object of names and values, e.g. '{{\"lr\": 1e-5}}'")
-    return hparams
-
-
-def spec_from(config: str | None, flags: dict[str, Any]) -> SweepSpec:
-    """The sweep that a file and flags describe; flags win. Neither: the quickstart."""
-    source = f"--config {config}" if config else "flags" if flags else "quickstart"
-    others = {name: value for name, value in flags.items() if name not in ("algorithms", "hparams")}
-    algorithms = flags.get("algorithms") or ([] if config or not flags else list(registry.ALGORITHMS))
-    if config or not flags:
-        values = read_sweep_file(config)
-    else:
-        datasets = [name for name in registry.DATASETS if not name.startswith("Debug")]
-        values = {"datasets": datasets, "rows": [{"algorithm": name} for name in algorithms]}
-    if "single_test_envs" in others:
-        values.pop("test_envs", None)
-    spec = SweepSpec.of(values | others, source)
-
-    if algorithms:
-        new = [Row(name) for name in algorithms if name not in {row.algorithm for row in spec.rows}]
-        spec = replace(spec, rows=(*(row for row in spec.rows if row.algorithm in algorithms), *new))
-    return override(spec, parse_hparams(flags["hparams"])) if "hparams" in flags else spec
-
-
-def override(spec: SweepSpec, hparams: dict[str, Any]) -> SweepSpec:
-    """`hparams` for every algorithm that knows the name, also where a row or an algorithm sets its own value."""
-
-    def won(table: dict[str, Any]) -> dict[str, Any]:
-        return table | {name: value for name, value in hparams.items() if name in table}
-
-    fixed = {name: won(value) if isinstance(value, dict) else value for name, value in spec.hparams.items()}
-    rows = tuple(replace(row, hparams=won(row.hparams)) for row in spec.rows)
-    return replace(spec, rows=rows, hparams=fixed | hparams)
 
 
 def confirmed() -> bool:
@@ -142,47 +102,71 @@ def confirmed() -> bool:
     return False
 
 
-def print_status(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        print(job)
-    count = Counter(job.state for job in jobs)
-    numbers = (len(jobs), count[Job.DONE], count[Job.INCOMPLETE], count[Job.NOT_LAUNCHED])
-    print("{} jobs: {} done, {} incomplete, {} not launched.".format(*numbers))
+def show(progress: Progress, list_all: bool) -> None:
+    # DEVIATION: DomainBed prints a line per job; of thousands of lines those that matter are lost.
+    for line in progress.lines(*(State if list_all else [State.FAILED])):
+        print(line)
+    print(progress.summary())
 
 
-def launch(spec: SweepSpec, ask: bool) -> int:
-    """Check everything, then start the jobs that are not launched yet; 1 if one of them failed."""
-    launcher = registry.load(registry.LAUNCHERS, "launcher", spec.launcher)
+def launch(spec: SweepSpec, args: argparse.Namespace, again: str) -> int:
+    """Check everything, then start what is not done; 1 if something failed. `again` is the command itself."""
+    launcher = launcher_of(spec)
     rows = resolve_rows(spec)
     jobs = make_jobs(spec, rows)
     check_data(spec, rows)
-    print_status(jobs)
-    to_launch = [job for job in jobs if job.state == Job.NOT_LAUNCHED]
-    incomplete = sum(job.state == Job.INCOMPLETE for job in jobs)
-    print(f"About to launch {len(to_launch)} jobs.", flush=True)
-    if to_launch and ask and not confirmed():
+    before = Progress.of(jobs)
+    # DEVIATION: DomainBed's incomplete jobs have to be deleted first.
+    wanted = [State.NOT_LAUNCHED, State.INCOMPLETE] + [State.FAILED] * args.retry_failed
+    to_launch = before.among(*wanted)
+    if args.dry_run:
+        print(*before.lines(*wanted), before.summary(), f"Would launch {len(to_launch)} jobs.", sep="\n")
+        print(estimate(to_launch, before.among(State.DONE), spec.max_parallel))
         return 0
 
-    save(spec, rows, jobs)
-    folder = shlex.quote(spec.output_dir)
-    again = f"python -m domainbed_hp.scripts.sweep delete_incomplete --output_dir {folder}"
-    limit = {} if spec.max_parallel is None else {"max_parallel": spec.max_parallel}
-    try:
-        codes = launcher([job.command for job in to_launch], **limit)
-    except KeyboardInterrupt:
-        print(f"Interrupted. To go on: {again}\nand launch again; jobs that are done stay.", file=sys.stderr)
-        return 130
-    print(f"Launched {len(to_launch)} jobs!")
-    failed = [(job, code) for job, code in zip(to_launch, codes, strict=True) if code != 0]
+    show(before, args.list)
+    resumed = before.count[State.INCOMPLETE]
+    more = f" {resumed} of them go on where they stopped." if resumed else ""
+    print(f"About to launch {len(to_launch)} jobs.{more}", flush=True)
+    if to_launch and not args.skip_confirmation and not confirmed():
+        return 0
+    with listed(Path(spec.output_dir), described(spec, rows), jobs):
+        try:
+            codes = launcher([job.command for job in to_launch]) if to_launch else []
+        except KeyboardInterrupt:
+            return interrupted(jobs, again)
+    taken = codes.count(EXIT_TAKEN)
+    more = f" {taken} were taken by another launcher." if taken else ""
+    print(f"Launched {len(to_launch) - taken} jobs!{more}")
+    return report(Progress.of(jobs), dict(zip((job.folder for job in to_launch), codes, strict=True)), again)
+
+
+def interrupted(jobs: Sequence[Job], again: str) -> int:
+    now = Progress.of(jobs)
+    running = now.count[State.RUNNING]
+    kept = f"{running} still run." if running else "Incomplete ones go on from the state that they saved."
+    print(f"Interrupted: {now.summary()} {kept}\nTo go on: {again}", file=sys.stderr)
+    return 130
+
+
+def report(now: Progress, codes: dict[Path, int], again: str) -> int:
+    """Say on stderr what failed and how to go on; 1 if something did. `codes` are the exit codes by folder."""
+    failed = now.lines(State.FAILED)
+    stopped = [
+        f"exit code {codes[job.folder]}: {job.describe(job.state)}"
+        for job in now.among(State.INCOMPLETE, State.NOT_LAUNCHED)
+        if codes.get(job.folder, 0) not in (0, EXIT_TAKEN)
+    ]
     if failed:
-        print(f"{len(failed)} of {len(to_launch)} jobs failed:", file=sys.stderr)
-        for job, code in failed:
-            print(f"exit code {code}: {job}", file=sys.stderr)
-    if incomplete or failed:
-        print(f"{incomplete + len(failed)} incomplete jobs are not launched again before: {again}", file=sys.stderr)
-    if all(job.state == Job.DONE for job in jobs):
+        print(f"{len(failed)} of {len(now.jobs)} jobs failed:", *failed, sep="\n", file=sys.stderr)
+        print(f"To try them again: {again}{'' if '--retry_failed' in again else ' --retry_failed'}", file=sys.stderr)
+    if stopped:
+        print(f"{len(stopped)} jobs stopped before they were done:", *stopped, sep="\n", file=sys.stderr)
+        print(f"To go on: {again}", file=sys.stderr)
+    if now.count[State.DONE] == len(now.jobs):
+        folder = shlex.quote(str(now.jobs[0].folder.parent))
         print(f"For the tables: python -m domainbed_hp.scripts.collect_results --input_dir {folder}")
-    return 1 if failed else 0
+    return 1 if failed or stopped else 0
 
 
 def existing_jobs(config: str | None, flags: dict[str, Any]) -> list[Job]:
@@ -195,33 +179,53 @@ def existing_jobs(config: str | None, flags: dict[str, Any]) -> list[Job]:
     return make_jobs(spec, resolve_rows(spec))
 
 
-def delete_incomplete(jobs: Sequence[Job], ask: bool) -> int:
-    """Remove the folders of jobs without a `done` file, also of those that are running now: they look the same."""
-    print_status(jobs)
-    to_delete = [job for job in jobs if job.state == Job.INCOMPLETE]
+def delete_incomplete(jobs: Sequence[Job], args: argparse.Namespace) -> int:
+    """Remove the folders of jobs that are incomplete or failed; to DomainBed, too, a failed job is incomplete."""
+    before = Progress.of(jobs)
+    show(before, args.list)
+    to_delete = before.among(State.INCOMPLETE, State.FAILED)
     print(f"About to delete {len(to_delete)} jobs.", flush=True)
-    if to_delete and ask and not confirmed():
+    if to_delete and not args.skip_confirmation and not confirmed():
         return 0
+    deleted = 0
     for job in to_delete:
-        shutil.rmtree(job.folder)
-    print(f"Deleted {len(to_delete)} jobs!")
+        # DEVIATION: DomainBed removes running jobs.
+        with contextlib.suppress(Taken):
+            job.delete()
+            deleted += 1
+    spared = before.count[State.RUNNING] + len(to_delete) - deleted
+    more = f" {spared} are running and stay." if spared else ""
+    print(f"Deleted {deleted} jobs!{more}")
+    return 0
+
+
+def status(jobs: Sequence[Job], args: argparse.Namespace) -> int:
+    now = Progress.of(jobs)
+    if args.json:
+        print(json.dumps(now.to_json(), indent=1))
+        return 0
+    if table := now.table():
+        print(table)
+    show(now, args.list)
+    if speed := now.speed():
+        print(speed)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = {name: value for name, value in vars(parser().parse_args(argv)).items() if value is not None}
-    command, config, skip = flags.pop("command"), flags.pop("config", None), flags.pop("skip_confirmation")
-    flags.pop("seed", None)
-    if command == "launch":
-        spec = spec_from(config, flags)
-        quickstart = not (config or flags)
-        return launch(spec, ask=not (skip or quickstart or spec.launcher == "dummy"))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    for name, owner in ONLY.items():
+        if getattr(args, name) and args.command != owner:
+            raise UsageError(f"--{name} is a flag of `{owner}`, not of `{args.command}`")
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS and value is not None}
+    if args.command == "launch":
+        spec = spec_from(args.config, flags)
+        args.skip_confirmation |= not (args.config or flags) or spec.launcher == "dummy"  # the quickstart asks nothing
+        return launch(spec, args, shlex.join([*COMMAND, *argv]))
     flags.pop("launcher", None)
-    jobs = existing_jobs(config, flags)
-    if command == "delete_incomplete":
-        return delete_incomplete(jobs, ask=not skip)
-    print_status(jobs)
-    return 0
+    jobs = existing_jobs(args.config, flags)
+    return status(jobs, args) if args.command == "status" else delete_incomplete(jobs, args)
 
 
 if __name__ == "__main__":
