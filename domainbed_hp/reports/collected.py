@@ -117,11 +117,11 @@ def walk(input_dir: str | Path) -> Iterator[tuple[str, set[str]]]:
     def refuse(error: OSError) -> None:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}; expected a folder of runs") from error
 
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
     # DEVIATION: DomainBed looks one level deep and finds nothing in nested sweeps.
     for folder, subfolders, files in os.walk(input_dir, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
+        status = os.stat(folder)
+        if (real := (status.st_dev, status.st_ino)) in seen:
             subfolders.clear()
             continue
         seen.add(real)
