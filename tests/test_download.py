@@ -1,3 +1,5 @@
+import errno
+import io
 import shutil
 import sys
 import threading
@@ -10,6 +12,7 @@ from loopback import Loopback, Reply
 from made_archives import MAKERS, pets, picture, sha256, write_zip
 
 from domainbed_hp.datasets import fetch
+from domainbed_hp.datasets import unpack as unpacking
 from domainbed_hp.datasets.check import check
 from domainbed_hp.datasets.download import download, given
 from domainbed_hp.registry import DATASETS, UsageError, load
@@ -191,6 +194,21 @@ def test_an_archive_fetched_by_hand(spec, server, shelf, data):
     assert path.exists() and not server.requests
 
 
+def test_an_archive_fetched_by_hand_stays_wherever_it_lies(spec, server, shelf, data):
+    path = data / ".downloads" / "pets" / "1234-pets.zip"  # as if it were a download
+    path.parent.mkdir(parents=True)
+    good = (shelf / "pets.zip").read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UsageError, match="damaged"):
+        download(spec, data, archives=given([spec], [path]))
+    assert names(path.parent) == [path.name]
+    path.write_bytes(good)
+    (path.parent / "other.part").touch()
+    download(spec, data, archives=given([spec], [path]))
+    assert names(path.parent) == [path.name] and names(data) == [".downloads", "digests.txt", "pets"]
+    assert not server.requests
+
+
 def test_an_archive_put_where_the_error_says(spec, server, shelf, data):
     (data / ".downloads" / "pets").mkdir(parents=True)
     shutil.copy(shelf / "pets.zip", data / ".downloads" / "pets" / "pets.zip")
@@ -311,10 +329,34 @@ def test_a_hostile_archive_leaves_nothing(spec, server, shelf, tmp_path, data, m
     assert names(data) == [] and names(tmp_path) == ["data", "shelf"]
 
 
+def test_a_disk_that_fills_while_it_unpacks_costs_no_download(spec, server, data, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpacking, "open", lambda path, mode: Full() if mode == "xb" else path.open(mode), raising=False)
+        with pytest.raises(UsageError, match="Pets: .*No space left on device.*it goes on from here"):
+            download(spec, data)
+    download(spec, data)
+    assert_right(spec, data)
+    assert len(server.requests) == 1
+
+
 def test_the_wrong_archive_says_what_it_holds(spec, server, shelf, data):
     write_zip(shelf / "pets.zip", {"animals/art/cat/1.jpg": b"x", "animals/readme.txt": b"x"})
-    with pytest.raises(UsageError, match="no folder of the archives holds art, book. They hold:\n  animals/art\n  ani"):
+    said = "no folder of the archives holds art, book. They hold:\n  animals/art\n  ani"
+    with pytest.raises(UsageError, match=said) as caught:
         download(spec, data)
+    kept = f"\nThey are kept in {data / '.downloads' / 'pets'}; remove them to fetch them again."
+    assert str(caught.value).endswith(kept)
+
+    def arrange(_):
+        raise UsageError("Pets: no annotations")
+
+    with pytest.raises(UsageError) as caught:
+        download(replace(spec, arrange=arrange), data)
+    assert str(caught.value) == f"Pets: no annotations{kept}"
 
 
 def test_what_does_not_belong_there_is_left_out(spec, server, shelf, data):

@@ -7,7 +7,7 @@ stopped at any moment leaves these, and the next one goes on from them and remov
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def download(
         try:
             if not present(spec, places.target, accept_counts):
                 install(spec, places, mirror, archives or {}, accept_counts)
-            shutil.rmtree(places.downloads, ignore_errors=True)
+            clear(places.downloads, (archives or {}).values())
         except OSError as error:
             raise UsageError(f"{spec.name}: {error}. Put this right and run again; it goes on from here.") from error
         finally:
@@ -102,6 +102,15 @@ def locked(spec: DatasetSpec, places: Places) -> Iterator[None]:
         with suppress(OSError):
             places.lock.unlink()
         lock.release()
+
+
+def clear(downloads: Path, kept: Collection[Path]) -> None:
+    """Remove what was downloaded, but not what the user passed from there."""
+    passed = [path.resolve() for path in kept]
+    for path in downloads.rglob("*"):
+        if not path.is_dir() and path.resolve() not in passed:
+            with suppress(OSError):
+                path.unlink()
 
 
 def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path]:
@@ -152,12 +161,16 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
     digests = read_digests(places.digests)
     places.downloads.mkdir(parents=True, exist_ok=True)
     files = {archive.name: obtain(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
-    root = unpack_all(spec, places, files)
+    unpack_all(spec, places, files, archives.values())
+    advice = f"They are kept in {places.downloads}; remove them to fetch them again"
+    try:
+        root = arranged(spec, places.partial)
+    except UsageError as error:
+        raise UsageError(f"{error}\n{advice}.") from error
     found = look(spec, root)
     if problems := found.problems or count_problems(spec, found.counts, accept_counts):
         raise UsageError(
-            f"{spec.name}: the archives do not hold what was expected:{listed(problems)}\n"
-            f"They are kept in {places.downloads}; remove them to fetch them again"
+            f"{spec.name}: the archives do not hold what was expected:{listed(problems)}\n{advice}"
             + (", or install what they hold with --accept_counts." if not found.problems else ".")
         )
     for archive in spec.archives:
@@ -209,10 +222,9 @@ def obtain(
     )
 
 
-def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path]) -> Path:
-    """The folder in `places.partial` that holds the environments' folders, and no others."""
+def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], kept: Collection[Path]) -> None:
+    """Fill `places.partial`; an archive that is no good is removed, unless it was put there by hand or is in `kept`."""
     fetch.check_space(places.data_dir, sum(map(unpacked_size, files.values())))
-    shutil.rmtree(places.partial, ignore_errors=True)
     places.partial.mkdir()
     for archive in spec.archives:
         path = files[archive.name]
@@ -222,17 +234,21 @@ def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path]) -> 
         try:
             unpack(path, places.partial)
         except UsageError:
-            if path.parent == places.downloads and path.name != archive.name:  # not put there by hand
+            if path not in (*kept, places.downloads / archive.name):
                 path.unlink()
             raise
+
+
+def arranged(spec: DatasetSpec, folder: Path) -> Path:
+    """The folder in `folder` that holds the environments' folders, and no others."""
     if spec.arrange is not None:
-        spec.arrange(places.partial)
-    root = find_root(places.partial, spec.domain_folders)
+        spec.arrange(folder)
+    root = find_root(folder, spec.domain_folders)
     if root is None:
-        held = sorted(str(path.relative_to(places.partial)) for path in places.partial.glob("*/*"))
+        held = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
         raise UsageError(
             f"{spec.name}: no folder of the archives holds {', '.join(spec.domain_folders)}. "
-            f"They hold:{listed(held or subfolders(places.partial))}"
+            f"They hold:{listed(held or subfolders(folder))}"
         )
     for name in subfolders(root):
         if name not in spec.domain_folders:
