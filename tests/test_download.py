@@ -261,6 +261,13 @@ def test_a_digest_is_recorded_once(spec, data):
     assert_right(spec, data)
 
 
+def test_a_digest_that_was_cut_short_spoils_no_other(spec, shelf, data):
+    data.mkdir()
+    (data / "digests.txt").write_text("0123abc")
+    download(spec, data)
+    assert (data / "digests.txt").read_text() == f"0123abc\n{sha256(shelf / 'pets.zip')}  pets.zip\n"
+
+
 def test_the_specs_digest_is_the_law(spec, server, shelf, data):
     right = replace(spec, archives=(replace(spec.archives[0], sha256=sha256(shelf / "pets.zip")),))
     wrong = replace(spec, archives=(replace(spec.archives[0], sha256="0" * 64),))
@@ -307,6 +314,25 @@ def test_an_empty_folder_is_none(spec, data):
     (data / "pets").mkdir(parents=True)
     download(spec, data)
     assert_right(spec, data)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_nothing_is_told_before_the_first_byte(spec, server, data, tmp_path, there):
+    data.mkdir()
+    if there:
+        (tmp_path / "big disk").mkdir()
+    (data / "pets").symlink_to(tmp_path / "big disk")
+    with pytest.raises(UsageError, match="pets is a link to .*big disk, where nothing is; expected .*Remove the link"):
+        download(spec, data)
+    assert not server.requests and names(data) == ["pets"]
+
+
+def test_a_link_to_the_data_is_fine(spec, data, tmp_path, capsys):
+    download(spec, data)
+    (data / "pets").rename(tmp_path / "big disk")
+    (data / "pets").symlink_to(tmp_path / "big disk")
+    download(spec, data)
+    assert "left alone" in capsys.readouterr().out
 
 
 def test_a_damaged_archive_is_fetched_anew(spec, server, shelf, data):
@@ -382,6 +408,15 @@ def test_a_disk_too_small_to_unpack_is_told(spec, shelf, data, monkeypatch):
     with pytest.raises(UsageError, match="are to come, 10 are free"):
         download(spec, data, archives=given([spec], [shelf / "pets.zip"]))
     assert names(data) == []
+
+
+def test_what_a_killed_run_unpacked_takes_no_space_from_the_next(spec, data, monkeypatch):
+    (data / ".pets.partial").mkdir(parents=True)
+    disk = shutil.disk_usage("/")
+    free = lambda _: disk._replace(free=10 if (data / ".pets.partial").exists() else 10**6)  # noqa: E731
+    monkeypatch.setattr(fetch.shutil, "disk_usage", free)
+    download(spec, data)
+    assert_right(spec, data)
 
 
 def test_no_place_to_write(spec, tmp_path):

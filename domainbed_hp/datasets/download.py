@@ -4,7 +4,6 @@ Whatever is not finished lies in two hidden places, `.downloads/<folder>` and `.
 stopped at any moment leaves these, and the next one goes on from them and removes them.
 """
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -129,6 +128,11 @@ def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path
 def present(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
     """Whether `target` is there and complete; `UsageError` lists what is wrong with it."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        if target.is_symlink():
+            raise UsageError(
+                f"{spec.name}: {target} is a link to {target.readlink()}, where nothing is; expected a folder with the "
+                "data, or nothing. Remove the link. To have the data elsewhere, move them later and then link to them."
+            )
         return False
     found = look(spec, target)
     problems = found.problems or count_problems(spec, found.counts, accept_counts)
@@ -158,6 +162,7 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
     """Fetch, unpack, check, and only then move to the target."""
     print(f"{spec.name}\n  licence: {spec.licence or 'none stated'}\n  please cite: {spec.citation}")
     print(f"  homepage: {spec.homepage or 'none'}", flush=True)
+    shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed; it takes up space
     digests = read_digests(places.digests)
     places.downloads.mkdir(parents=True, exist_ok=True)
     files = {archive.name: obtain(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
@@ -175,8 +180,7 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
         )
     for archive in spec.archives:
         if not archive.sha256 and archive.name not in digests:
-            with open(places.digests, "a") as file:
-                file.write(f"{sha256(files[archive.name])}  {archive.name}\n")
+            append_digest(places.digests, fetch.digest_of(files[archive.name]), archive.name)
     if places.target.exists():
         places.target.rmdir()  # empty; Windows does not rename over it
     root.rename(places.target)
@@ -203,7 +207,7 @@ def obtain(
             fetch.check_content(by_hand, archive)
         except UsageError as error:
             raise UsageError(f"{by_hand}: {error}. Fetch it again.") from error
-        if digest and (got := sha256(by_hand)) != digest:
+        if digest and (got := fetch.digest_of(by_hand)) != digest:
             raise UsageError(f"{by_hand}: its SHA-256 is {got}, expected {digest}.{hint} Otherwise fetch it again.")
         return by_hand
     sources = ([f"{mirror.rstrip('/')}/{archive.name}"] if mirror else []) + [*archive.sources]
@@ -264,6 +268,8 @@ def read_digests(path: Path) -> dict[str, str]:
     return {pair[1].lstrip("*"): pair[0].lower() for pair in pairs if len(pair) == 2 and len(pair[0]) == 64}
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def append_digest(path: Path, digest: str, name: str) -> None:
+    """Appended, for other data sets may come in at the same time; on a line of its own even after one cut short."""
+    cut = path.exists() and not path.read_text().endswith("\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + f"{digest}  {name}\n")
