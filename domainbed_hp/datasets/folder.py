@@ -174,7 +174,7 @@ def header_problem(path: str) -> str | None:
             return None
     except UnidentifiedImageError:
         return f"not an image: {path}"
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"cannot read {path}: {error}"
 
 
