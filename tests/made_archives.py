@@ -68,7 +68,7 @@ def small(spec: DatasetSpec, folder: Path, url: str, counts: tuple[int, ...]) ->
         replace(a, sources=(f"{url}/{a.name}",), sha256=sha256(folder / a.name) if a.sha256 else "")
         for a in spec.archives
     )
-    return replace(spec, archives=archives, image_counts=counts, other_builds={})
+    return replace(spec, archives=archives, image_counts=counts, build_name="", other_builds={})
 
 
 def sha256(path: Path) -> str:

@@ -132,6 +132,30 @@ def test_a_folder_of_ones_own(data, capsys):
     assert "folder:pets has no archives to download" in capsys.readouterr().err
 
 
+def test_one_data_set_that_is_not_there_costs_no_other_report(data, capsys):
+    args = ["--data_dir", str(data), "--check", "--datasets", "Pets", "PACS", "folder:pets"]
+    assert run(script.main, args) == 2
+    out, err = capsys.readouterr()
+    assert "Pets: right\n\nfolder:pets in" in out and out.endswith("folder:pets: right\n")
+    assert err.startswith("error: PACS: cannot read ") and err.count("\n") == 1
+    assert run(script.main, [*args, "--json"]) == 2
+    first, gone, last = json.loads(capsys.readouterr().out)
+    assert first["ok"] and last["ok"] and last["dataset"] == "folder:pets"
+    assert gone == {"dataset": "PACS", "ok": False, "problems": [err.removeprefix("error: ").strip()]}
+
+
+def test_a_report_is_out_before_the_next_data_set_is_read(data, capsys, monkeypatch):
+    def stopped(spec, *_):
+        if spec.name != "Pets":
+            raise KeyboardInterrupt
+        return check(spec, data, 0)
+
+    monkeypatch.setattr("domainbed_hp.datasets.check.check", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(script.main, ["--data_dir", str(data), "--check", "--datasets", "Pets", "PACS"])
+    assert capsys.readouterr().out.endswith("Pets: right\n")
+
+
 def test_a_folder_that_is_not_there(data):
     with pytest.raises(UsageError, match="cannot read .*elsewhere/pets: No such file or directory. Download it first"):
         check(PETS, data / "elsewhere")  # noqa: F821

@@ -135,6 +135,12 @@ def test_a_damaged_image_names_its_path(pets):
         open_dataset(SPEC, pets, PIXELS).environments[1].training(0)
 
 
+def test_an_image_too_large_to_be_one_names_its_path(pets, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UsageError, match=r"cannot read .*book/cat/a.png: Image size \(48 pixels\) exceeds limit"):
+        open_dataset(SPEC, pets, PIXELS)
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_folder_of_ones_own_needs_no_code(pets, absolute):
     name, data_dir = (f"folder:{pets / 'pets'}", None) if absolute else ("folder:pets", pets)

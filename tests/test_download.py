@@ -1,3 +1,5 @@
+import errno
+import io
 import shutil
 import sys
 import threading
@@ -10,6 +12,7 @@ from loopback import Loopback, Reply
 from made_archives import MAKERS, pets, picture, sha256, write_zip
 
 from domainbed_hp.datasets import fetch
+from domainbed_hp.datasets import unpack as unpacking
 from domainbed_hp.datasets.check import check
 from domainbed_hp.datasets.download import download, given
 from domainbed_hp.registry import DATASETS, UsageError, load
@@ -191,6 +194,21 @@ def test_an_archive_fetched_by_hand(spec, server, shelf, data):
     assert path.exists() and not server.requests
 
 
+def test_an_archive_fetched_by_hand_stays_wherever_it_lies(spec, server, shelf, data):
+    path = data / ".downloads" / "pets" / "1234-pets.zip"  # as if it were a download
+    path.parent.mkdir(parents=True)
+    good = (shelf / "pets.zip").read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UsageError, match="damaged"):
+        download(spec, data, archives=given([spec], [path]))
+    assert names(path.parent) == [path.name]
+    path.write_bytes(good)
+    (path.parent / "other.part").touch()
+    download(spec, data, archives=given([spec], [path]))
+    assert names(path.parent) == [path.name] and names(data) == [".downloads", "digests.txt", "pets"]
+    assert not server.requests
+
+
 def test_an_archive_put_where_the_error_says(spec, server, shelf, data):
     (data / ".downloads" / "pets").mkdir(parents=True)
     shutil.copy(shelf / "pets.zip", data / ".downloads" / "pets" / "pets.zip")
@@ -243,6 +261,13 @@ def test_a_digest_is_recorded_once(spec, data):
     assert_right(spec, data)
 
 
+def test_a_digest_that_was_cut_short_spoils_no_other(spec, shelf, data):
+    data.mkdir()
+    (data / "digests.txt").write_text("0123abc")
+    download(spec, data)
+    assert (data / "digests.txt").read_text() == f"0123abc\n{sha256(shelf / 'pets.zip')}  pets.zip\n"
+
+
 def test_the_specs_digest_is_the_law(spec, server, shelf, data):
     right = replace(spec, archives=(replace(spec.archives[0], sha256=sha256(shelf / "pets.zip")),))
     wrong = replace(spec, archives=(replace(spec.archives[0], sha256="0" * 64),))
@@ -291,6 +316,25 @@ def test_an_empty_folder_is_none(spec, data):
     assert_right(spec, data)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_nothing_is_told_before_the_first_byte(spec, server, data, tmp_path, there):
+    data.mkdir()
+    if there:
+        (tmp_path / "big disk").mkdir()
+    (data / "pets").symlink_to(tmp_path / "big disk")
+    with pytest.raises(UsageError, match="pets is a link to .*big disk, where nothing is; expected .*Remove the link"):
+        download(spec, data)
+    assert not server.requests and names(data) == ["pets"]
+
+
+def test_a_link_to_the_data_is_fine(spec, data, tmp_path, capsys):
+    download(spec, data)
+    (data / "pets").rename(tmp_path / "big disk")
+    (data / "pets").symlink_to(tmp_path / "big disk")
+    download(spec, data)
+    assert "left alone" in capsys.readouterr().out
+
+
 def test_a_damaged_archive_is_fetched_anew(spec, server, shelf, data):
     good = (shelf / "pets.zip").read_bytes()
     server.files["/pets.zip"] = good[: len(good) // 2]  # and says so: the length is right
@@ -311,10 +355,34 @@ def test_a_hostile_archive_leaves_nothing(spec, server, shelf, tmp_path, data, m
     assert names(data) == [] and names(tmp_path) == ["data", "shelf"]
 
 
+def test_a_disk_that_fills_while_it_unpacks_costs_no_download(spec, server, data, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpacking, "open", lambda path, mode: Full() if mode == "xb" else path.open(mode), raising=False)
+        with pytest.raises(UsageError, match="Pets: .*No space left on device.*it goes on from here"):
+            download(spec, data)
+    download(spec, data)
+    assert_right(spec, data)
+    assert len(server.requests) == 1
+
+
 def test_the_wrong_archive_says_what_it_holds(spec, server, shelf, data):
     write_zip(shelf / "pets.zip", {"animals/art/cat/1.jpg": b"x", "animals/readme.txt": b"x"})
-    with pytest.raises(UsageError, match="no folder of the archives holds art, book. They hold:\n  animals/art\n  ani"):
+    said = "no folder of the archives holds art, book. They hold:\n  animals/art\n  ani"
+    with pytest.raises(UsageError, match=said) as caught:
         download(spec, data)
+    kept = f"\nThey are kept in {data / '.downloads' / 'pets'}; remove them to fetch them again."
+    assert str(caught.value).endswith(kept)
+
+    def arrange(_):
+        raise UsageError("Pets: no annotations")
+
+    with pytest.raises(UsageError) as caught:
+        download(replace(spec, arrange=arrange), data)
+    assert str(caught.value) == f"Pets: no annotations{kept}"
 
 
 def test_what_does_not_belong_there_is_left_out(spec, server, shelf, data):
@@ -340,6 +408,15 @@ def test_a_disk_too_small_to_unpack_is_told(spec, shelf, data, monkeypatch):
     with pytest.raises(UsageError, match="are to come, 10 are free"):
         download(spec, data, archives=given([spec], [shelf / "pets.zip"]))
     assert names(data) == []
+
+
+def test_what_a_killed_run_unpacked_takes_no_space_from_the_next(spec, data, monkeypatch):
+    (data / ".pets.partial").mkdir(parents=True)
+    disk = shutil.disk_usage("/")
+    free = lambda _: disk._replace(free=10 if (data / ".pets.partial").exists() else 10**6)  # noqa: E731
+    monkeypatch.setattr(fetch.shutil, "disk_usage", free)
+    download(spec, data)
+    assert_right(spec, data)
 
 
 def test_no_place_to_write(spec, tmp_path):

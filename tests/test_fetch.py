@@ -181,7 +181,7 @@ def test_waits_double_and_end(server, folder, monkeypatch):
     assert slept == [0.01, 0.02, 0.04]
 
 
-@pytest.mark.parametrize("status", [403, 404, 410])
+@pytest.mark.parametrize("status", [403, 404, 410, 416])
 def test_what_is_not_there_fails_at_once(server, folder, status):
     server.always["/x.zip"] = Reply(status=status)
     with pytest.raises(requests.HTTPError, match=str(status)):
@@ -226,6 +226,33 @@ def test_other_bytes_than_the_digest_says(server, folder):
         get(server, folder, "0" * 64)
     assert not [path for path in folder.iterdir() if path.suffix != ".stamp"]
     get(server, folder, hashlib.sha256(server.files["/x.zip"]).hexdigest())
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_kill_while_a_download_is_hashed_costs_nothing(server, folder, monkeypatch):
+    digest = hashlib.sha256(server.files["/x.zip"]).hexdigest()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hashlib, "file_digest", killed)
+        patch.setattr("pooch.hashes.file_hash", killed)
+        get(server, folder, digest)
+    assert get(server, folder, digest) == ["", f"bytes={len(server.files['/x.zip'])}-"]
+    assert [path.name for path in folder.iterdir()] == [next(folder.glob("*-x.zip")).name]
+
+
+def test_a_file_that_came_before_its_digest_was_known_is_checked(server, folder):
+    good = server.files["/x.zip"]
+    server.files["/x.zip"] += b"more"
+    get(server, folder)
+    server.files["/x.zip"] = good
+    assert get(server, folder, hashlib.sha256(good).hexdigest()) == ["", ""]
+
+
+def test_a_range_that_nobody_asked_for(server, folder):
+    server.script["/x.zip"] = [Reply(status=206, body=server.files["/x.zip"], announce=DATA)]
+    assert get(server, folder) == ["", f"bytes={DATA}-"]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +333,16 @@ def test_drive_sends_a_quota_page_as_if_it_were_the_file(drive, folder):
 def test_drive_drops_and_is_taken_up(drive, folder):
     drive.script["/download"] = [Reply(stop_after=600_000)]
     assert get_drive(drive, folder)[-1] == ("/download?id=ID&confirm=t", "bytes=524288-")
+
+
+def test_a_kill_while_a_file_from_drive_is_hashed_costs_nothing(drive, folder, monkeypatch):
+    digest = hashlib.sha256(drive.files["/x.zip"]).hexdigest()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hashlib, "file_digest", killed)
+        patch.setattr("pooch.hashes.file_hash", killed)
+        get_drive(drive, folder, digest)
+    drive.requests.clear()
+    assert get_drive(drive, folder, digest) == []
 
 
 def part_of_drive(drive, folder, monkeypatch, after):

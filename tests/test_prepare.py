@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -230,6 +231,17 @@ def test_what_is_being_renewed_is_not_complete(pets, tmp_path, capsys):
     assert contents(folder) == fresh(pets, tmp_path)
 
 
+def test_a_full_disk_is_told_and_what_was_saved_is_gone_on_with(pets, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "append_index", full)
+        with pytest.raises(UsageError, match="No space left on device. Put this right and run again; it goes on from"):
+            prepare(SPEC, pets, 20)
+    assert contents(prepare(SPEC, pets, 20)) == fresh(pets, tmp_path)
+
+
 def test_a_damaged_image_is_recorded_and_left_out_on_demand(pets, tmp_path, capsys):
     damage(pets / "pets/art/dog/a.png")
     (pets / "pets/art/cat/2.png").write_text("no image at all")
@@ -238,7 +250,7 @@ def test_a_damaged_image_is_recorded_and_left_out_on_demand(pets, tmp_path, caps
     entries = {entry.path: entry for entry in read_index(folder / "art.csv")}
     assert len(entries) == 9
     assert "truncated" in entries["dog/a.png"].error
-    assert "UnidentifiedImageError" in entries["cat/2.png"].error
+    assert entries["cat/2.png"].error == "not an image"
     opened = open_prepared(SPEC, pets, pixels())
     assert opened.skipped == 2 and opened.environments[0].labels.tolist() == [0] * 4 + [1] * 3
     before = identities(folder)

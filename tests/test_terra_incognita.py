@@ -7,6 +7,7 @@ from made_archives import picture, terra_incognita
 
 from domainbed_hp.datasets.check import check
 from domainbed_hp.datasets.download import download
+from domainbed_hp.datasets.folder import read_folder
 from domainbed_hp.datasets.terra_incognita import CLASSES, TERRA_INCOGNITA, sort_images
 from domainbed_hp.datasets.unpack import unpack
 from domainbed_hp.registry import UsageError
@@ -75,8 +76,8 @@ def test_terra_incognita_annotations_lead_nowhere_else(tmp_path):
 
 
 def test_both_builds_of_terra_incognita_are_known(shelf, tmp_path, capsys):
-    assert sum(TERRA_INCOGNITA.image_counts) == 24_330
-    assert {name: sum(counts) for name, counts in TERRA_INCOGNITA.other_builds.items()} == {"of 2020": 24_788}
+    builds = {name: sum(counts) for name, counts in TERRA_INCOGNITA.builds.items()}
+    assert builds == {"of 2021": 24_330, "of 2020": 24_788}
     spec = terra_incognita(shelf, "")
     spec = replace(spec, image_counts=(1, 1, 1, 1), other_builds={"of 2020": spec.image_counts})
     download(spec, tmp_path, archives={path.name: path for path in shelf.iterdir()})
@@ -85,3 +86,22 @@ def test_both_builds_of_terra_incognita_are_known(shelf, tmp_path, capsys):
     assert "(the build of 2020), left alone" in capsys.readouterr().out
     report = check(spec, tmp_path, 0)
     assert report.ok and report.build == "of 2020" and "of the build of 2020" in report.text()
+    assert report.expected == {domain: sum(per.values()) for domain, per in report.counts.items()}
+    spec = replace(spec, image_counts=spec.other_builds["of 2020"], build_name="of 2021", other_builds={})
+    assert check(spec, tmp_path, 0).build == "of 2021"
+
+
+def test_both_builds_are_named_where_there_is_another(shelf, tmp_path, capsys):
+    spec = replace(
+        terra_incognita(shelf, ""), image_counts=(1,) * 4, build_name="of 2021", other_builds={"of 2020": (2,) * 4}
+    )
+    both = (
+        "expected (1, 1, 1, 1) (the build of 2021) or (2, 2, 2, 2) (the build of 2020); published results are of one of"
+    )
+    archives = {path.name: path for path in shelf.iterdir()}
+    download(spec, tmp_path, archives=archives, accept_counts=True)
+    assert both in capsys.readouterr().err
+    read_folder(spec, tmp_path)
+    assert both in capsys.readouterr().err
+    report = check(spec, tmp_path, 0)
+    assert report.build is None and set(report.expected.values()) == {1}

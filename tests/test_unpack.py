@@ -1,5 +1,7 @@
+import errno
 import gzip
 import io
+import os
 import random
 import shutil
 import stat
@@ -260,3 +262,57 @@ def test_unpacked_size(tmp_path):
     assert unpacked_size(tmp_path / "x.tar.gz") == (tmp_path / "x.tar.gz").stat().st_size
     (tmp_path / "x.zip").write_bytes(b"PK\3\4 and nothing more")
     assert unpacked_size(tmp_path / "x.zip") == 21
+
+
+@pytest.mark.parametrize("archive", NAMES)
+@pytest.mark.parametrize(("number", "at"), [(errno.ENOSPC, "write"), (errno.EMFILE, "open"), (errno.EDQUOT, "mkdir")])
+def test_a_disk_that_takes_no_more_is_not_the_archives_fault(tmp_path, monkeypatch, archive, number, at):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    class Full(io.BytesIO):
+        write = fails
+
+    def open_full(path, mode):
+        return open(path, mode) if mode == "rb" else Full() if at == "write" else fails()
+
+    write(tmp_path / archive, FILES)
+    (tmp_path / "into").mkdir()
+    if at == "mkdir":
+        monkeypatch.setattr(module.Path, "mkdir", lambda path, **_: path == tmp_path / "into" or fails())
+    else:
+        monkeypatch.setattr(module, "open", open_full, raising=False)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        unpack(tmp_path / archive, tmp_path / "into")
+
+
+def test_headers_that_announce_headers_without_end(tmp_path, refused):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for _ in range(2000):
+            info = tarfile.TarInfo("././@LongLink")
+            info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+            tar.addfile(info, io.BytesIO(b"x\0"))
+    refused(tmp_path / "x.tar", "damaged")
+
+
+@pytest.mark.parametrize("error", [RecursionError, OverflowError, IndexError, OSError])
+def test_whatever_a_reader_raises_is_damage(tmp_path, refused, monkeypatch, error):
+    def fails(*_):
+        raise error("odd")
+
+    write_zip(tmp_path / "x.zip", FILES)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fails)
+    refused(tmp_path / "x.zip", "damaged, or not what its name says at 'top/a/1.jpg': odd")
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", fails)
+    assert unpacked_size(tmp_path / "x.zip") == (tmp_path / "x.zip").stat().st_size
+    refused(tmp_path / "x.zip", "damaged, or not what its name says: odd")
+
+
+def test_too_little_memory_is_not_the_archives_fault(tmp_path, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    write_zip(tmp_path / "x.zip", FILES)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fails)
+    with pytest.raises(MemoryError):
+        unpack(tmp_path / "x.zip", tmp_path / "into")

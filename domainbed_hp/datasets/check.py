@@ -25,11 +25,12 @@ class Report:
     dataset: str
     folder: str
     build: str | None
-    """Empty: as the spec says; None: the counts are of no known build."""
+    """Empty: the only one; None: the counts are of no known build."""
     problems: list[str]
     counts: dict[str, dict[str, int]]
     """Environment folder -> class -> images."""
     expected: dict[str, int]
+    """Environment folder -> images of this build; where it is no known one, of the spec's own."""
     undecodable: dict[str, str]
     """Path -> reason."""
     duplicates: list[list[str]]
@@ -83,16 +84,18 @@ def check(spec: DatasetSpec, data_dir: Path, num_workers: int | None = None) -> 
             same[digest].append((domain, name))
             if reason:
                 undecodable[name] = reason
+    build = build_of(spec, found.counts)
+    expected = spec.builds.get(build or "", spec.image_counts)
     return Report(
         spec.name,
         str(root),
-        build_of(spec, found.counts),
+        build,
         found.problems,
         {
             domain: {found.class_names[label]: n for label, n in sorted(Counter(images.labels.tolist()).items())}
             for domain, images in found.environments.items()
         },
-        dict(zip(spec.domain_folders, spec.image_counts, strict=True)) if spec.image_counts else {},
+        dict(zip(spec.domain_folders, expected, strict=True)) if expected else {},
         undecodable,
         [[name for _, name in group] for group in same.values() if len({domain for domain, _ in group}) > 1],
     )

@@ -4,10 +4,9 @@ Whatever is not finished lies in two hidden places, `.downloads/<folder>` and `.
 stopped at any moment leaves these, and the next one goes on from them and removes them.
 """
 
-import hashlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from domainbed_hp.datasets import fetch
-from domainbed_hp.datasets.folder import build_of, find_root, listed, look, subfolders
+from domainbed_hp.datasets.folder import build_of, expected_counts, find_root, listed, look, subfolders
 from domainbed_hp.datasets.spec import Archive, DatasetSpec
 from domainbed_hp.datasets.unpack import unpack, unpacked_size
 from domainbed_hp.registry import UsageError
@@ -72,7 +71,7 @@ def download(
         try:
             if not present(spec, places.target, accept_counts):
                 install(spec, places, mirror, archives or {}, accept_counts)
-            shutil.rmtree(places.downloads, ignore_errors=True)
+            clear(places.downloads, (archives or {}).values())
         except OSError as error:
             raise UsageError(f"{spec.name}: {error}. Put this right and run again; it goes on from here.") from error
         finally:
@@ -104,6 +103,15 @@ def locked(spec: DatasetSpec, places: Places) -> Iterator[None]:
         lock.release()
 
 
+def clear(downloads: Path, kept: Collection[Path]) -> None:
+    """Remove what was downloaded, but not what the user passed from there."""
+    passed = [path.resolve() for path in kept]
+    for path in downloads.rglob("*"):
+        if not path.is_dir() and path.resolve() not in passed:
+            with suppress(OSError):
+                path.unlink()
+
+
 def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path]:
     """Which archive each of `paths` is, by its name; where a single one is expected, it may have any."""
     names = [archive.name for spec in specs for archive in spec.archives]
@@ -120,6 +128,11 @@ def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path
 def present(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
     """Whether `target` is there and complete; `UsageError` lists what is wrong with it."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        if target.is_symlink():
+            raise UsageError(
+                f"{spec.name}: {target} is a link to {target.readlink()}, where nothing is; expected a folder with the "
+                "data, or nothing. Remove the link. To have the data elsewhere, move them later and then link to them."
+            )
         return False
     found = look(spec, target)
     problems = found.problems or count_problems(spec, found.counts, accept_counts)
@@ -137,10 +150,9 @@ def present(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
 def count_problems(spec: DatasetSpec, counts: tuple[int, ...], accept_counts: bool) -> list[str]:
     if build_of(spec, counts) is not None:
         return []
-    known = [f"{spec.image_counts}", *(f"{other} (the build {name})" for name, other in spec.other_builds.items())]
-    text = f"got {counts} images in {', '.join(spec.domain_folders)}, expected {' or '.join(known)}"
+    text = f"got {counts} images in {', '.join(spec.domain_folders)}, {expected_counts(spec)}"
     if accept_counts:
-        print(f"warning: {spec.name}: {text}; published results are of the latter", file=sys.stderr)
+        print(f"warning: {spec.name}: {text}", file=sys.stderr)
         return []
     return [text]
 
@@ -149,21 +161,25 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
     """Fetch, unpack, check, and only then move to the target."""
     print(f"{spec.name}\n  licence: {spec.licence or 'none stated'}\n  please cite: {spec.citation}")
     print(f"  homepage: {spec.homepage or 'none'}", flush=True)
+    shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed; it takes up space
     digests = read_digests(places.digests)
     places.downloads.mkdir(parents=True, exist_ok=True)
     files = {archive.name: obtain(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
-    root = unpack_all(spec, places, files)
+    unpack_all(spec, places, files, archives.values())
+    advice = f"They are kept in {places.downloads}; remove them to fetch them again"
+    try:
+        root = arranged(spec, places.partial)
+    except UsageError as error:
+        raise UsageError(f"{error}\n{advice}.") from error
     found = look(spec, root)
     if problems := found.problems or count_problems(spec, found.counts, accept_counts):
         raise UsageError(
-            f"{spec.name}: the archives do not hold what was expected:{listed(problems)}\n"
-            f"They are kept in {places.downloads}; remove them to fetch them again"
+            f"{spec.name}: the archives do not hold what was expected:{listed(problems)}\n{advice}"
             + (", or install what they hold with --accept_counts." if not found.problems else ".")
         )
     for archive in spec.archives:
         if not archive.sha256 and archive.name not in digests:
-            with open(places.digests, "a") as file:
-                file.write(f"{sha256(files[archive.name])}  {archive.name}\n")
+            append_digest(places.digests, fetch.digest_of(files[archive.name]), archive.name)
     if places.target.exists():
         places.target.rmdir()  # empty; Windows does not rename over it
     root.rename(places.target)
@@ -190,7 +206,7 @@ def obtain(
             fetch.check_content(by_hand, archive)
         except UsageError as error:
             raise UsageError(f"{by_hand}: {error}. Fetch it again.") from error
-        if digest and (got := sha256(by_hand)) != digest:
+        if digest and (got := fetch.digest_of(by_hand)) != digest:
             raise UsageError(f"{by_hand}: its SHA-256 is {got}, expected {digest}.{hint} Otherwise fetch it again.")
         return by_hand
     sources = ([f"{mirror.rstrip('/')}/{archive.name}"] if mirror else []) + [*archive.sources]
@@ -209,10 +225,9 @@ def obtain(
     )
 
 
-def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path]) -> Path:
-    """The folder in `places.partial` that holds the environments' folders, and no others."""
+def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], kept: Collection[Path]) -> None:
+    """Fill `places.partial`; an archive that is no good is removed, unless it was put there by hand or is in `kept`."""
     fetch.check_space(places.data_dir, sum(map(unpacked_size, files.values())))
-    shutil.rmtree(places.partial, ignore_errors=True)
     places.partial.mkdir()
     for archive in spec.archives:
         path = files[archive.name]
@@ -222,17 +237,21 @@ def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path]) -> 
         try:
             unpack(path, places.partial)
         except UsageError:
-            if path.parent == places.downloads and path.name != archive.name:  # not put there by hand
+            if path not in (*kept, places.downloads / archive.name):
                 path.unlink()
             raise
+
+
+def arranged(spec: DatasetSpec, folder: Path) -> Path:
+    """The folder in `folder` that holds the environments' folders, and no others."""
     if spec.arrange is not None:
-        spec.arrange(places.partial)
-    root = find_root(places.partial, spec.domain_folders)
+        spec.arrange(folder)
+    root = find_root(folder, spec.domain_folders)
     if root is None:
-        held = sorted(str(path.relative_to(places.partial)) for path in places.partial.glob("*/*"))
+        held = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
         raise UsageError(
             f"{spec.name}: no folder of the archives holds {', '.join(spec.domain_folders)}. "
-            f"They hold:{listed(held or subfolders(places.partial))}"
+            f"They hold:{listed(held or subfolders(folder))}"
         )
     for name in subfolders(root):
         if name not in spec.domain_folders:
@@ -248,6 +267,8 @@ def read_digests(path: Path) -> dict[str, str]:
     return {pair[1].lstrip("*"): pair[0].lower() for pair in pairs if len(pair) == 2 and len(pair[0]) == 64}
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def append_digest(path: Path, digest: str, name: str) -> None:
+    """Appended, for other data sets may come in at the same time; on a line of its own even after one cut short."""
+    cut = path.exists() and not path.read_text().endswith("\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + f"{digest}  {name}\n")

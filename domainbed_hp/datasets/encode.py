@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from domainbed_hp.datasets.folder import FolderImages
 from domainbed_hp.datasets.index import About, Entry, relative
@@ -36,6 +36,8 @@ def encode(folder: Path, images: FolderImages, about: About, on_error: str, i: i
         raise
     except Exception as error:  # decoders of damaged files raise all kinds
         problem = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, UnidentifiedImageError):  # which tells an address in memory
+            problem = "not an image"
         if on_error == "stop":
             raise UsageError(
                 f"{path}: cannot decode this image ({problem}). "

@@ -1,17 +1,17 @@
 """Bring one file from one source, going on where an earlier try stopped.
 
-Drive goes through gdown. HTTP goes through `resume`, because pooch, which checks digests and names files here, would
-start over each time.
+Drive goes through gdown. HTTP goes through `resume`, because pooch, which names files here, would start over each time.
+Digests are checked before pooch gets a file: what it holds when a run is killed is lost.
 """
 
 import functools
+import hashlib
 import html
 import re
 import shutil
 import sys
 import time
 from email.utils import parsedate_to_datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Never
 
@@ -55,7 +55,8 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
     Its name begins with a hash of the source: what one server sent is no start for another's.
     """
-    name = f"{sha256(source.encode()).hexdigest()[:8]}-{archive.name}"
+    name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{archive.name}"
+    path = folder / name
     partial = folder / f"{name}.part"
     bring = from_drive if source.startswith(DRIVE) else resume
 
@@ -63,6 +64,7 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
         bring(url, partial)
         try:
             check_content(partial, archive)
+            check_digest(partial, digest)
         except UsageError:
             partial.unlink()
             raise
@@ -70,11 +72,13 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
     pooch.get_logger().setLevel("WARNING")
     try:
-        pooch.retrieve(source, digest or None, fname=name, path=folder, downloader=bring_checked)
+        if path.exists() and digest and digest_of(path) != digest:
+            path.unlink()  # it came when another digest was known, or none
+        pooch.retrieve(source, None, fname=name, path=folder, downloader=bring_checked)
     finally:
         if not partial.exists():
             stamp_of(partial).unlink(missing_ok=True)
-    return folder / name
+    return path
 
 
 def check_content(path: Path, archive: Archive) -> None:
@@ -87,6 +91,17 @@ def check_content(path: Path, archive: Archive) -> None:
         raise UsageError(f"got a web page instead of {archive.name}" + (f", titled {words!r}" if words else ""))
     if is_packed(archive) and not kind(path):
         raise UsageError(f"got something that is neither a zip nor a tar instead of {archive.name}")
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """`UsageError` where a file has another SHA-256 than `digest`, if there is one."""
+    if digest and (got := digest_of(path)) != digest:
+        raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
+
+
+def digest_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_packed(archive: Archive) -> bool:
@@ -125,20 +140,22 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
         content_range = response.headers.get("Content-Range", "")
         tag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
         version = modified if tag.startswith("W/") or not tag else tag
-        if response.status_code == 416 and content_range == f"bytes */{start}":
+        if start and response.status_code == 416 and content_range == f"bytes */{start}":
             return  # nothing is missing
         if response.status_code == 206:
-            fits = content_range.startswith(f"bytes {start}-") and version in (stamp.read_text(), "")
+            known = not start or version in (stamp.read_text(), "")
+            fits = known and content_range.startswith(f"bytes {start}-")
         else:
-            fits = response.status_code != 416
+            fits = not start or response.status_code != 416
         if not fits:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             raise requests.ConnectionError("the part that is here fits no longer, starting over")
         response.raise_for_status()
         if response.status_code != 206:
             start = 0  # the server knows no ranges, or its file is another by now
         # A server may send less of the rest than was asked for; the size of the whole stands in Content-Range.
-        whole = content_range.rpartition("/")[2] if start else response.headers.get("Content-Length", "")
+        ranged = response.status_code == 206
+        whole = content_range.rpartition("/")[2] if ranged else response.headers.get("Content-Length", "")
         total = int(whole) if whole.isdigit() else None
         check_space(partial.parent, (total or 0) - start)
         with open(partial, "ab" if start else "wb") as file:
@@ -167,6 +184,8 @@ def stamp_of(partial: Path) -> Path:
 
 def from_drive(source: str, partial: Path) -> None:
     """As `resume`, from Google Drive."""
+    if partial.exists():
+        return  # whole: only then gdown gives it this name
 
     def parts() -> list[Path]:
         return [*partial.parent.glob(f"{partial.name}????????.part")]  # gdown's own names

@@ -85,13 +85,12 @@ def find_images(spec: DatasetSpec, root: Path, *, headers: bool = False) -> Foun
 
 
 def say_build(spec: DatasetSpec, where: Path, counts: tuple[int, ...]) -> None:
-    """A line on stderr where the images per environment are not those of the spec."""
+    """A line on stderr where several builds are known, or the images per environment are of none."""
     build = build_of(spec, counts)
     if build is None:
         # Not warnings.warn: a count that differs is no reason to stop where warnings are errors.
         print(
-            f"warning: {spec.name} in {where} has {counts} images per environment, expected {spec.image_counts}; "
-            "published results are of the latter",
+            f"warning: {spec.name} in {where} has {counts} images per environment, {expected_counts(spec)}",
             file=sys.stderr,
         )
     elif build:
@@ -128,10 +127,14 @@ def look(spec: DatasetSpec, root: Path) -> Found:
 
 
 def build_of(spec: DatasetSpec, counts: tuple[int, ...]) -> str | None:
-    """The name of the build with so many images per environment; empty: the spec's own; None: no known one."""
-    if not spec.image_counts or counts == spec.image_counts:
-        return ""
-    return next((name for name, other in spec.other_builds.items() if counts == other), None)
+    """The name of the build with so many images per environment; empty: the only one; None: no known one."""
+    return next((name for name, known in spec.builds.items() if counts == known), None if spec.builds else "")
+
+
+def expected_counts(spec: DatasetSpec) -> str:
+    """What to say where the images per environment are of no known build."""
+    known = [f"{counts}" + (f" (the build {name})" if name else "") for name, counts in spec.builds.items()]
+    return f"expected {' or '.join(known)}; published results are of {'one of these' if len(known) > 1 else 'these'}"
 
 
 def listed(problems: list[str]) -> str:
@@ -174,7 +177,7 @@ def header_problem(path: str) -> str | None:
             return None
     except UnidentifiedImageError:
         return f"not an image: {path}"
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"cannot read {path}: {error}"
 
 

@@ -25,7 +25,7 @@ class Dataset:
 def find_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
     """The spec registered as `name`; `folder:PATH` is a folder of the user's own, absolute or under `data_dir`.
 
-    Its sub-folders are the environments, theirs the classes. `UsageError` unless all have the same classes.
+    Its sub-folders are the environments, theirs the classes. Whether all have the same ones shows when it is opened.
     """
     if not name.startswith(FOLDER):
         spec: DatasetSpec = load(DATASETS, "dataset", name)

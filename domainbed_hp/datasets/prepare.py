@@ -133,7 +133,9 @@ def prepare(
                 write(environment, about, on_error, workers)
             clear(folder, {path for environment in environments for path in (environment.data, environment.index)})
     except OSError as error:
-        raise UsageError(f"{error.filename or folder}: {error.strerror}. What was done is kept.") from error
+        # What was not yet synced is lost.
+        advice = "Put this right and run again; it goes on from where it last saved."
+        raise UsageError(f"{error.filename or folder}: {error.strerror}. {advice}") from error
     print(f"{folder}, {about.encoding}")
     for environment in environments:
         print(summary(environment))

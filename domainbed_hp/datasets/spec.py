@@ -72,6 +72,8 @@ class DatasetSpec:
     domain_folders: tuple[str, ...] = ()
     image_counts: tuple[int, ...] = ()
     """Images per environment; empty: not known for certain."""
+    build_name: str = ""
+    """Of the build with these images, where others are in circulation."""
     other_builds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Name -> images per environment of another build in circulation, with which published results were made."""
     image_size: int = 224
@@ -86,3 +88,8 @@ class DatasetSpec:
     """Turns the folder that all archives were unpacked into to `domain_folders`, where they do not hold these."""
     build: Callable[[], list[Images]] | None = None
     """Makes the environments' images; such data needs no `data_dir`."""
+
+    @property
+    def builds(self) -> dict[str, tuple[int, ...]]:
+        """Name -> images per environment of every known build, its own first."""
+        return {self.build_name: self.image_counts, **self.other_builds} if self.image_counts else {}

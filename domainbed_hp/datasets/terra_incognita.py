@@ -68,6 +68,7 @@ TERRA_INCOGNITA = DatasetSpec(
     folder="terra_incognita",
     domain_folders=DOMAINS,
     image_counts=(4741, 9736, 3970, 5883),
+    build_name="of 2021",
     # As the archive was before 2021. Most published tables are of these 24,788 images.
     other_builds={"of 2020": (4879, 9767, 4020, 6122)},
     licence="Community Data License Agreement, permissive variant (CDLA-Permissive-1.0)",

@@ -4,21 +4,18 @@ Every member is checked before it is written, every byte is counted as it is, an
 data set has no use for (a link, a device, a path that leaves the folder) is refused as a whole.
 """
 
-import errno
 import gzip
-import lzma
 import re
 import stat
 import tarfile
 import unicodedata
 import zipfile
-import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -34,9 +31,10 @@ MAX_MEMBERS = 1_000_000
 CHUNK = MIB
 KNOWN_TYPES = (0, stat.S_IFREG, stat.S_IFDIR)
 """Of a zip's members; only Unix fills one in."""
-READER_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
-DAMAGED = (OSError, EOFError, ValueError, NotImplementedError, *READER_ERRORS)
-"""What a damaged or unusual archive makes its reader raise."""
+CLASHES = (FileExistsError, IsADirectoryError, NotADirectoryError, ValueError)
+"""What writing raises where the archive is to blame: a file where it has a folder too, a name that is none."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,63 +62,85 @@ def kind(path: Path) -> str:
 def unpack(archive: Path, into: Path) -> None:
     """Write the files of `archive` under `into`; hidden files and litter of archive programs are left out.
 
-    `UsageError` names the archive, the member and the reason; what is in `into` then is for the caller to remove.
+    `UsageError` names the archive, the member and the reason. `OSError`: the disk's fault, not the archive's. What is
+    in `into` then is for the caller to remove.
     """
     limit = max(SMALL, MAX_GROWTH * archive.stat().st_size)
     into.mkdir(parents=True, exist_ok=True)
     read = {"zip": zip_members, "tar": tar_members, "tar.gz": tar_members}.get(kind(archive))
     if read is None:
         raise UsageError(f"{archive}: neither a zip nor a tar archive")
-    name = ""
-    declared = written = count = 0
+    declared = count = 0
     seen: set[str] = set()
-    try:
-        with (
-            closing(read(archive, limit)) as members,
-            tqdm(desc=f"unpack {archive.name}", unit="B", unit_scale=True, disable=None) as bar,
-        ):
-            for member in members:
-                name = member.name
-                count, declared = count + 1, declared + member.size
-                reason = refusal(member)
-                if not reason and count > MAX_MEMBERS:
-                    reason = f"more than {MAX_MEMBERS:,} members"
-                if not reason and declared > limit:
-                    reason = f"with it the archive unpacks to more than {limit:,} bytes, {MAX_GROWTH} times its size"
-                path = PurePosixPath(name)
-                # Macs and Windows take names that differ in case, or in how an accent is written, for one.
-                same = unicodedata.normalize("NFC", str(path)).casefold()
-                if not reason and not member.folder and same in seen:
-                    reason = "twice in the archive, or twice but for upper and lower case"
-                if reason:
-                    raise UsageError(f"{archive}: refused because of {name!r}: {reason}")
-                if member.folder or any(map(ignored, path.parts)):
-                    continue
-                seen.add(same)
-                target = into / path
+    with (
+        open(archive, "rb") as file,
+        closing(read(file, archive, limit)) as members,
+        tqdm(desc=f"unpack {archive.name}", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for member in sound(archive, members):
+            name = member.name
+            count, declared = count + 1, declared + member.size
+            reason = refusal(member)
+            if not reason and count > MAX_MEMBERS:
+                reason = f"more than {MAX_MEMBERS:,} members"
+            if not reason and declared > limit:
+                reason = f"with it the archive unpacks to more than {limit:,} bytes, {MAX_GROWTH} times its size"
+            path = PurePosixPath(name)
+            # Macs and Windows take names that differ in case, or in how an accent is written, for one.
+            same = unicodedata.normalize("NFC", str(path)).casefold()
+            if not reason and not member.folder and same in seen:
+                reason = "twice in the archive, or twice but for upper and lower case"
+            if reason:
+                raise UsageError(f"{archive}: refused because of {name!r}: {reason}")
+            if member.folder or any(map(ignored, path.parts)):
+                continue
+            seen.add(same)
+            target = into / path
+            try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with member.open() as source, open(target, "xb") as file:
-                    while chunk := source.read(CHUNK):
-                        written += len(chunk)
-                        if written > declared:
-                            raise UsageError(f"{archive}: refused because of {name!r}: it unpacks to more than it says")
-                        file.write(chunk)
-                        bar.update(len(chunk))
-                if target.stat().st_size != member.size:
-                    raise EOFError(f"{target.stat().st_size:,} of {member.size:,} bytes")
-    except UsageError:
+                written = open(target, "xb")  # noqa: SIM115
+            except CLASHES as error:
+                raise damaged(archive, name, error) from error
+            with written:
+                for chunk in sound(archive, chunks(member), name):
+                    written.write(chunk)
+                    bar.update(len(chunk))
+
+
+def sound(archive: Path, items: Iterable[T], name: str = "") -> Iterator[T]:
+    """`items`, read from `archive`; whatever reading them raises is told as damage, at the member `name`."""
+    try:
+        for item in items:
+            yield item
+            name = item.name if isinstance(item, Member) else name
+    except (UsageError, MemoryError):
         raise
-    except DAMAGED as error:
-        where = f" at {name!r}" if name else ""
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UsageError(f"{archive}: the disk is full{where}. Free some space and run again.") from error
-        raise UsageError(f"{archive}: damaged, or not what its name says{where}: {error}") from error
+    except Exception as error:  # damaged archives make their readers raise almost anything
+        raise damaged(archive, name, error) from error
+
+
+def damaged(archive: Path, name: str, error: Exception) -> UsageError:
+    where = f" at {name!r}" if name else ""
+    return UsageError(f"{archive}: damaged, or not what its name says{where}: {error}")
+
+
+def chunks(member: Member) -> Iterator[bytes]:
+    """The bytes of a file, just as many as it says."""
+    left = member.size
+    with member.open() as source:
+        while chunk := source.read(CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                raise EOFError(f"more than the {member.size:,} bytes that it says")
+            yield chunk
+    if left:
+        raise EOFError(f"{member.size - left:,} of {member.size:,} bytes")
 
 
 def unpacked_size(archive: Path) -> int:
     """Bytes that a zip says it holds; of a tar only what it must hold at least."""
     if kind(archive) == "zip":
-        with suppress(zipfile.BadZipFile), zipfile.ZipFile(archive) as file:
+        with suppress(Exception), zipfile.ZipFile(archive) as file:  # `unpack` tells what is wrong
             return sum(info.file_size for info in file.infolist())
     return archive.stat().st_size
 
@@ -139,19 +159,19 @@ def refusal(member: Member) -> str:
     return ""
 
 
-def zip_members(archive: Path, _: int) -> Generator[Member, None, None]:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
+def zip_members(file: BinaryIO, _archive: Path, _limit: int) -> Generator[Member, None, None]:
+    with zipfile.ZipFile(file) as opened:
+        for info in opened.infolist():
             mode = info.external_attr >> 16
             odd = "a link" if stat.S_ISLNK(mode) else "a device" if stat.S_IFMT(mode) not in KNOWN_TYPES else ""
             odd = "encrypted" if info.flag_bits & 1 else odd
             # `orig_filename`: `filename` is cut at a null, and on Windows its backslashes are turned.
-            yield Member(info.orig_filename, info.file_size, info.is_dir(), odd, partial(file.open, info))
+            yield Member(info.orig_filename, info.file_size, info.is_dir(), odd, partial(opened.open, info))
 
 
-def tar_members(archive: Path, limit: int) -> Generator[Member, None, None]:
-    with gzip.open(archive) if kind(archive) == "tar.gz" else open(archive, "rb") as file:  # noqa: SIM115
-        stream = Counted(cast(BinaryIO, file), archive, limit)
+def tar_members(file: BinaryIO, archive: Path, limit: int) -> Generator[Member, None, None]:
+    with gzip.open(file) if kind(archive) == "tar.gz" else file as opened:
+        stream = Counted(cast(BinaryIO, opened), archive, limit)
         with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
             while (info := tar.next()) is not None:
                 setattr(tar, "members", [])  # noqa: B010  tarfile would keep all that it has seen

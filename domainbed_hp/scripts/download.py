@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from domainbed_hp.registry import DATASETS, UsageError
 from domainbed_hp.scripts import run
@@ -39,16 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for spec in specs:
         if spec.build is not None:
             raise UsageError(f"{spec.name} is made, not downloaded: train needs no --data_dir for it")
+    failed = False
     if args.check:
-        reports = [check(spec, args.data_dir) for spec in specs]
+        reports: list[dict[str, Any]] = []
+        for spec in specs:
+            try:
+                report = check(spec, args.data_dir)
+            except UsageError as error:  # the others go on
+                print(f"error: {error}", file=sys.stderr)
+                reports.append({"dataset": spec.name, "ok": False, "problems": [str(error)]})
+                failed = True
+                continue
+            if not args.json:
+                print("\n" * bool(reports) + report.text(), flush=True)
+            reports.append(report.json())
         if args.json:
-            print(json.dumps([report.json() for report in reports], indent=1))
-        else:
-            print("\n\n".join(report.text() for report in reports))
-        return 0 if all(report.ok for report in reports) else 1
+            print(json.dumps(reports, indent=1))
+        return 2 if failed else 0 if all(report["ok"] for report in reports) else 1
 
     archives = given(specs, args.archive)
-    failed = False
     for spec in specs:
         try:
             download(spec, args.data_dir, args.mirror, archives, args.accept_counts)
