@@ -36,7 +36,7 @@ def sweep(folder: Path, count: int) -> int:
     for name, ((trial, algorithm, dataset, hparams_seed), test_envs) in enumerate(islice(product(places, envs), count)):
         args = {"algorithm": algorithm, "dataset": dataset, "trial_seed": trial, "hparams_seed": hparams_seed}
         args |= {"test_envs": test_envs, "data_dir": "/data", "output_dir": f"{folder}/{name}", "steps": 5001}
-        args |= {f"another_{i}": None for i in range(12)}
+        args |= {f"another_{i}": None for i in range(18)}
         hparams = {f"hparam_{i}": float(chance.random()) for i in range(20)}
         lines = []
         for step in range(STEPS):
