@@ -289,11 +289,24 @@ def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, m
     assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at(1, monkeypatch, lambda: (terminate(), terminate()))
+def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(1, monkeypatch, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", algorithm="LoRA")
     assert state(tmp_path / "run") == State.INCOMPLETE
+    assert checkpoint.load(tmp_path / "run")["step"] == 0, "that of the last record"
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_another_signal_after_the_first_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    signals = [signal.SIGUSR1, getattr(signal, second)]  # the order of Slurm
+    stop_at(1, monkeypatch, lambda: [signal.raise_signal(number) for number in signals])
+    with pytest.raises(SystemExit) as caught:
+        go(tmp_path / "run", algorithm="LoRA")
+    assert caught.value.code == 128 + signal.SIGUSR1
+    assert checkpoint.load(tmp_path / "run")["step"] == 1
 
 
 def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
