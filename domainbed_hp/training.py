@@ -131,7 +131,7 @@ class Training:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {step}: try a smaller lr, or --precision fp32")
-        return dict(metrics)
+        return {name: float(value) for name, value in metrics.items()}  # NumPy's are no plain values: no checkpoint
 
     def due(self) -> bool:
         """Whether the last step is to be recorded and is not."""

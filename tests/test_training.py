@@ -371,6 +371,17 @@ def test_an_error_of_the_disk_is_named_and_loses_nothing(
     assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
 
 
+def test_numbers_of_numpy_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = get_algorithm_class("LoRA").update
+    numbers = lambda *args: {name: np.float32(value) for name, value in update(*args).items()}  # noqa: E731
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", numbers)
+    with monkeypatch.context() as patch:
+        stop_at(1, patch, terminate)
+        with pytest.raises(SystemExit):
+            go(tmp_path / "run", algorithm="LoRA")
+    assert [r["step"] for r in go(tmp_path / "run", algorithm="LoRA")] == [0, 2, 3]
+
+
 def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
