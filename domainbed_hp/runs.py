@@ -57,7 +57,7 @@ def state(folder: Path) -> State:
         return State.NOT_LAUNCHED
     if alive(folder):
         return State.RUNNING
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if (folder / ERROR).stat().st_size:  # DomainBed leaves an empty one in every folder
             return State.FAILED
     return State.INCOMPLETE

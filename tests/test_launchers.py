@@ -123,6 +123,17 @@ def test_a_failed_job_is_reported_and_the_others_go_on(tmp_path: Path, capfd: py
     assert list((tmp_path / "good").iterdir()) == []
 
 
+@pytest.mark.parametrize("jobs_per_process", [1, 2])
+def test_a_folder_that_cannot_be_made_is_reported_and_the_others_go_on(
+    stub: Path, jobs_per_process: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    commands = [job("a"), job("file/b"), job("file"), job("c")]
+    assert local.launch(commands, 1, jobs_per_process) == [0, 1, 1, 0]
+    reasons = ["file/b: cannot be written to: Not a directory", "file: cannot be written to: File exists"]
+    assert capfd.readouterr().err.splitlines() == reasons
+
+
 def test_the_reason_is_that_of_this_launch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for reason in ["the first", "the second"]:
         local.launch([child(f"import sys; sys.exit({reason!r})", tmp_path)])
