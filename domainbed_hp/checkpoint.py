@@ -68,7 +68,10 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Notes the first signal, for `check`; where `at_once` is entered it raises `Stopped` there and then."""
+    """Notes the first signal, for `check`; where `at_once` is entered it raises `Stopped` there and then.
+
+    A second Ctrl-C is a person in a hurry. Any other signal after the first is ignored: batch systems send several.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -76,7 +79,9 @@ class Stop:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            raise KeyboardInterrupt  # somebody is in a hurry
+            if number == self.number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.number = number
         if self.now:
             raise Stopped(number)

@@ -9,7 +9,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which then takes the place of `path`, in one step and for good."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # `remove_left` knows them by this
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -23,3 +23,9 @@ def replaced(path: Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder where nobody else writes."""
+    for path in folder.glob("*.[0-9]*.tmp"):
+        path.unlink(missing_ok=True)

@@ -13,9 +13,11 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -55,8 +57,10 @@ def state(folder: Path) -> State:
         return State.NOT_LAUNCHED
     if alive(folder):
         return State.RUNNING
-    # DomainBed leaves an empty one in every folder.
-    return State.FAILED if (folder / ERROR).exists() and (folder / ERROR).stat().st_size else State.INCOMPLETE
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if (folder / ERROR).stat().st_size:  # DomainBed leaves an empty one in every folder
+            return State.FAILED
+    return State.INCOMPLETE
 
 
 def failure(folder: Path) -> str:
@@ -70,18 +74,47 @@ def failure(folder: Path) -> str:
 
 def alive(folder: Path) -> bool:
     """Whether a process works in `folder`: on this machine by its lock, on another by its heartbeat."""
-    try:
-        owner = json.loads((folder / HEARTBEAT).read_bytes())
-        age = time.time() - (folder / HEARTBEAT).stat().st_mtime
-    except (OSError, ValueError):
-        return False
-    with contextlib.suppress(OSError):  # who may not write here tells by the heartbeat, too
-        if owner.get("machine") == machine():
+    heartbeat = folder / HEARTBEAT
+    with contextlib.suppress(OSError):  # who may not look at the lock tells by the heartbeat, too
+        if owner_of(heartbeat).get("machine") == machine():
             return locked(folder)
-    return age < DEAD_S
+    return not silent(heartbeat)
+
+
+def owner_of(heartbeat: Path) -> dict[str, Any]:
+    """Whom it names; nobody where it is not there or cannot be read, because it is just being written, say."""
+    try:
+        owner: dict[str, Any] = json.loads(heartbeat.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner
+
+
+def silent(heartbeat: Path) -> bool:
+    """Whether there was no sign for too long, or never one."""
+    try:
+        return time.time() - heartbeat.stat().st_mtime >= DEAD_S
+    except OSError:
+        return True
 
 
 def locked(folder: Path) -> bool:
+    """Whether a process of this machine holds the lock. The look is shared, so that two that look see no third."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return locked_by_trying(folder)
+    with open(folder / LOCK, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # some file systems say the latter
+            return True
+        except OSError:  # there are no locks here but filelock's own kind
+            return locked_by_trying(folder)
+    return False
+
+
+def locked_by_trying(folder: Path) -> bool:
     lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -106,22 +139,31 @@ class Claim:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.beat, daemon=True)
 
-    def write(self) -> None:
-        """`Taken` where another machine was faster. A whole block, so that an error has room on a full disk."""
+    def take(self) -> None:
+        """Leave a heartbeat, a whole block, so that an error has room on a full disk. `Taken` where there is one.
+
+        Where locks do not reach, it alone decides: of several that create it, one succeeds.
+        """
+        bury(self.folder)
+        heartbeat = self.folder / HEARTBEAT
         try:
-            with open(self.folder / HEARTBEAT, "x") as file:
-                file.write(json.dumps(self.owner).ljust(BLOCK))
+            file = open(heartbeat, "x")  # noqa: SIM115
         except FileExistsError:
             raise taken(self.folder) from None
-        except OSError as error:
-            (self.folder / HEARTBEAT).unlink(missing_ok=True)
-            raise UsageError(f"{self.folder}: cannot be written to: {error.strerror}") from error
+        try:
+            with file:
+                file.write(json.dumps(self.owner).ljust(BLOCK))
+        except OSError:
+            heartbeat.unlink()
+            self.release()
+            raise
         self.thread.start()
 
     def beat(self) -> None:
         while not self.stopped.wait(BEAT_S):
             with contextlib.suppress(OSError):
-                os.utime(self.folder / HEARTBEAT)
+                if self.mine():
+                    os.utime(self.folder / HEARTBEAT)
 
     def check(self) -> None:
         """`Taken` where another machine took this run for dead, after a long sleep of this one."""
@@ -129,13 +171,12 @@ class Claim:
             raise taken(self.folder)
 
     def mine(self) -> bool:
-        try:
-            return bool(json.loads((self.folder / HEARTBEAT).read_bytes()) == self.owner)
-        except (OSError, ValueError):
-            return False
+        return owner_of(self.folder / HEARTBEAT) == self.owner
 
     def fail(self, text: str) -> None:
-        """Leave `text` in err.txt; on a full disk its end, in the room of the heartbeat."""
+        """Leave `text` in err.txt, unless the run is another's now; on a full disk its end, where the heartbeat was."""
+        if not self.mine():
+            return
         try:
             (self.folder / ERROR).write_text(text)
         except OSError:
@@ -148,8 +189,11 @@ class Claim:
         self.stopped.set()
         if self.thread.is_alive():
             self.thread.join()
-        if self.mine():
-            (self.folder / HEARTBEAT).unlink(missing_ok=True)
+        heartbeat = self.folder / HEARTBEAT
+        if self.mine() or not heartbeat.exists():  # `fail` may have used it up
+            heartbeat.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                (self.folder / LOCK).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -160,22 +204,22 @@ def claim(folder: Path) -> Iterator[Claim]:
     written there: whoever mistypes an argument leaves no trace.
     """
     created = not folder.exists()
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)  # whoever asks for the state holds it for an instant
-    except filelock.Timeout:
-        raise taken(folder) from None
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from error
-    mine = Claim(folder)
-    try:
+    lock, mine = filelock.FileLock(folder / LOCK), Claim(folder)
+    with contextlib.ExitStack() as stack:
+        if created:
+            stack.callback(remove_empty, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=1)  # whoever asks for the state holds it for an instant
+            stack.callback(lock.release)
+            mine.take()
+        except filelock.Timeout:
+            raise taken(folder) from None
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from error
+        stack.callback(mine.release)  # whoever was refused touches nothing: the lock file is another's
         if (folder / DONE).exists():
             raise Taken(f"{folder} already holds a run that is done: choose another --output_dir or remove it")
-        if (folder / HEARTBEAT).exists() and elsewhere(folder):
-            raise taken(folder)
-        (folder / HEARTBEAT).unlink(missing_ok=True)
-        mine.write()
         (folder / ERROR).unlink(missing_ok=True)
         try:
             yield mine
@@ -183,29 +227,39 @@ def claim(folder: Path) -> Iterator[Claim]:
             if not created or {path.name for path in folder.iterdir()} - {LOCK, HEARTBEAT}:
                 mine.fail(f"{error}\n" if isinstance(error, UsageError) else traceback.format_exc())
             raise
-    finally:
-        mine.release()
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-        if created:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
 
 
-def elsewhere(folder: Path) -> bool:
-    """Whether the heartbeat is a living one of another machine; this machine's lock is ours."""
+def remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty
+        folder.rmdir()
+
+
+def bury(folder: Path) -> None:
+    """Remove the heartbeat of a dead run, by who holds this machine's lock; `Taken` where it lives.
+
+    Where locks do not reach, several may do so. Only one moves it aside, and what it moved may be the heartbeat of who
+    was faster: it is judged again and put back.
+    """
+    heartbeat = folder / HEARTBEAT
+    aside = heartbeat.with_name(f"{HEARTBEAT}.{uuid.uuid4().hex}")
+    if elsewhere(heartbeat):
+        raise taken(folder)
     try:
-        owner = json.loads((folder / HEARTBEAT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return owner.get("machine") != machine() and alive(folder)
+        os.rename(heartbeat, aside)
+    except FileNotFoundError:  # there was none, or another was faster
+        return
+    if elsewhere(aside):
+        os.replace(aside, heartbeat)  # whoever came in between learns it by `check`
+        raise taken(folder)
+    aside.unlink()
+
+
+def elsewhere(heartbeat: Path) -> bool:
+    """Whether it is a living one, of another machine or of nobody yet; this machine's lock is ours."""
+    return owner_of(heartbeat).get("machine") != machine() and not silent(heartbeat)
 
 
 def taken(folder: Path) -> Taken:
-    try:
-        owner = json.loads((folder / HEARTBEAT).read_bytes())
-        who = f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError):
-        who = "another process"
+    owner = owner_of(folder / HEARTBEAT)
+    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= set(owner) else "another process"
     return Taken(f"{who} works in {folder}; it counts as dead {DEAD_S:.0f} s after its last sign")

@@ -97,7 +97,8 @@ class SweepSpec:
             seeds = f"hparams seeds from {spec.n_hparams_from} (n_hparams_from) to below {spec.n_hparams} (n_hparams)"
             trials = f"n_trials {spec.n_trials} from {spec.n_trials_from} (n_trials_from)"
             raise UsageError(f"{source}: no jobs: {trials}, {seeds}")
-        for name, value in ((name, getattr(spec, name)) for name in LAUNCHER_OPTIONS):
+        counts = {name: getattr(spec, name) for name in ("steps", "checkpoint_freq", "eval_images", *LAUNCHER_OPTIONS)}
+        for name, value in [*counts.items(), *((f"steps of {row.name}", row.steps) for row in rows)]:
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{source}: {name} is {value}; it must be at least 1")
         for name, value in spec.slurm.items():

@@ -22,6 +22,7 @@ from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.checkpoint import Stop, Stopped, stop_signals
 from domainbed_hp.datasets.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.prefetch import Workers
+from domainbed_hp.disk import remove_left
 from domainbed_hp.logs import log_to, print_header, print_row, versions
 from domainbed_hp.models import build, save_model
 from domainbed_hp.planning import Plan, RunArgs, plan
@@ -48,6 +49,7 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
     run = plan(args)
     with contextlib.ExitStack() as stack:
         held = held or stack.enter_context(claim(run.output_dir))
+        remove_left(run.output_dir)
         before = find_before(run)
         stack.enter_context(log_to(run.output_dir))
         workers = stack.enter_context(Workers(run.num_workers))
@@ -132,7 +134,7 @@ class Training:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {step}: try a smaller lr, or --precision fp32")
-        return dict(metrics)
+        return {name: float(value) for name, value in metrics.items()}  # NumPy's are no plain values: no checkpoint
 
     def due(self) -> bool:
         """Whether the last step is to be recorded and is not."""

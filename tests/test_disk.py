@@ -12,6 +12,7 @@ from domainbed_hp.planning import RunArgs
 from domainbed_hp.registry import UsageError
 from domainbed_hp.training import train
 
+ZERO = '{"clip_model": "mini", "clip_pretrained": "shapes"}'
 MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'
 
 
@@ -31,6 +32,16 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_of_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "my.tmp").touch()
+    with replaced(tmp_path / "checkpoint.pt") as temporary:
+        temporary.touch()
+        os.link(temporary, tmp_path / temporary.name.replace(str(os.getpid()), "12"))
+    (tmp_path / "checkpoint.pt").unlink()
+    train(RunArgs(output_dir=str(tmp_path), dataset="Debug28", algorithm="ZeroShotCLIP", hparams=ZERO))
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["my.tmp"]
 
 
 @pytest.fixture

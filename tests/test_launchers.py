@@ -123,6 +123,17 @@ def test_a_failed_job_is_reported_and_the_others_go_on(tmp_path: Path, capfd: py
     assert list((tmp_path / "good").iterdir()) == []
 
 
+@pytest.mark.parametrize("jobs_per_process", [1, 2])
+def test_a_folder_that_cannot_be_made_is_reported_and_the_others_go_on(
+    stub: Path, jobs_per_process: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    commands = [job("a"), job("file/b"), job("file"), job("c")]
+    assert local.launch(commands, 1, jobs_per_process) == [0, 1, 1, 0]
+    reasons = ["file/b: cannot be written to: Not a directory", "file: cannot be written to: File exists"]
+    assert capfd.readouterr().err.splitlines() == reasons
+
+
 def test_the_reason_is_that_of_this_launch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for reason in ["the first", "the second"]:
         local.launch([child(f"import sys; sys.exit({reason!r})", tmp_path)])
@@ -257,7 +268,11 @@ def test_nothing_leaks_from_one_job_to_the_next(stub: Path) -> None:
     show = """
 import torch
 found = [dict(os.environ), os.getcwd(), sys.path, signal.getsignal(signal.SIGTERM).name, sys.stdout is sys.__stdout__]
+from torch.backends import cuda, cudnn, mkldnn
 found += [registry.ALGORITHMS, registry.DATASETS, torch.get_num_threads(), str(torch.get_default_dtype())]
+found += [torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.get_deterministic_debug_mode()]
+found += [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32]
+found += [cudnn.conv.fp32_precision, mkldnn.matmul.fp32_precision, str(torch.empty(0).device)]
 (folder / "found.json").write_text(json.dumps(found))
 """
     change = """
@@ -266,13 +281,30 @@ os.environ["MINE"] = "1"; del os.environ["HOME"]
 sys.path.insert(0, "/mine"); sys.stdout = io.StringIO()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 registry.ALGORITHMS["Mine"] = "mine:Mine"; registry.DATASETS.clear()
-torch.set_num_threads(3); torch.set_default_dtype(torch.float64)
+torch.set_num_threads(3); torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False)
+torch.set_float32_matmul_precision("medium"); torch.use_deterministic_algorithms(True)
+cudnn = torch.backends.cudnn
+cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, True, False
+torch.backends.cuda.matmul.fp32_precision = "tf32"; torch.set_default_device("meta")
 os.chdir("/")
 """
     assert local.launch([job("a", show), job("b", change), job("c", show)], 1, jobs_per_process=3) == [0, 0, 0]
     a, c = (json.loads((stub / name / "found.json").read_text()) for name in "ac")
     assert [(x, y) for x, y in zip(a, c, strict=True) if x != y] == []
     assert len({(stub / name / "pid").read_text() for name in "abc"}) == 1
+
+
+def test_what_a_plugin_sets_holds_for_every_job(stub: Path) -> None:
+    (stub / "plugin.py").write_text("import os, torch\ntorch.set_grad_enabled(False)\nos.environ['MINE'] = '1'")
+    body = "import plugin, torch; return int(torch.is_grad_enabled() or 'MINE' not in os.environ)"
+    commands = [[*job(name, body), "--import", "plugin"] for name in "ab"]
+    assert local.launch(commands, 1, jobs_per_process=2) == [0, 0]
+
+
+def test_a_folder_that_was_deleted_before_the_worker_came(stub: Path) -> None:
+    line = json.dumps({"module": "stub", "argv": ["--output_dir", "a", ""], "log": str(stub / "a" / LOG)})
+    worker = [sys.executable, "-m", "domainbed_hp.scripts.worker"]
+    assert subprocess.run(worker, input=line, text=True, capture_output=True).stdout == "0\n"
 
 
 def test_workers_need_modules(tmp_path: Path) -> None:

@@ -110,11 +110,60 @@ def test_a_machine_whose_locks_do_not_reach_here_is_known_by_its_heartbeat(folde
     assert state(folder) == State.RUNNING
     with pytest.raises(Taken, match="process 12 on node7"), claim(folder):
         pass
-    assert names(folder) == {runs.HEARTBEAT}
+    assert names(folder) == {runs.HEARTBEAT, runs.LOCK}, "the lock is the other's"
     of_another_machine(folder, age_s=70)
     assert state(folder) == State.INCOMPLETE
     with claim(folder) as held:
         assert held.mine()
+
+
+def test_a_heartbeat_that_is_just_being_written_is_one(folder: Path) -> None:
+    folder.mkdir()
+    (folder / runs.HEARTBEAT).touch()
+    assert state(folder) == State.RUNNING
+    with pytest.raises(Taken, match="another process works in"), claim(folder):
+        pass
+    os.utime(folder / runs.HEARTBEAT, (0, 0))
+    assert state(folder) == State.INCOMPLETE
+    with claim(folder) as held:
+        assert held.mine()
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["has taken it over", "is about to"])
+def test_of_two_machines_that_find_a_run_dead_one_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    of_another_machine(folder, age_s=70)
+    judge = runs.elsewhere
+
+    def slowly(heartbeat: Path) -> bool:
+        lives = judge(heartbeat)
+        if heartbeat.name == runs.HEARTBEAT:  # the other one was faster
+            heartbeat.unlink()
+            if written:
+                of_another_machine(folder, age_s=0)
+        return lives
+
+    monkeypatch.setattr(runs, "elsewhere", slowly)
+    if written:
+        with pytest.raises(Taken, match="node7"), claim(folder):
+            pass
+        assert names(folder) == {runs.HEARTBEAT, runs.LOCK} and state(folder) == State.RUNNING
+    else:
+        with claim(folder) as held:
+            assert held.mine()
+
+
+def test_who_looks_is_not_taken_for_who_works(folder: Path, holder: subprocess.Popen[str]) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    holder.kill()
+    holder.wait()
+    with open(folder / runs.LOCK) as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert state(folder) == State.INCOMPLETE
+        threading.Timer(0.3, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        with claim(folder):
+            assert state(folder) == State.RUNNING
 
 
 def test_the_heart_beats(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +181,23 @@ def test_who_was_taken_for_dead_learns_it(folder: Path) -> None:
         with pytest.raises(Taken, match="node7"):
             held.check()
     assert runs.HEARTBEAT in names(folder)  # it is the other's
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_who_was_taken_for_dead_leaves_the_folder_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    folder.mkdir()
+    with pytest.raises(Taken), claim(folder) as held:
+        of_another_machine(folder, age_s=0)
+        if not room:
+            monkeypatch.setattr(Path, "write_text", full)
+        held.check()
+    assert names(folder) == {runs.HEARTBEAT, runs.LOCK} and state(folder) == State.RUNNING
 
 
 def test_an_error_is_kept_until_the_next_start(folder: Path) -> None:
@@ -169,10 +235,6 @@ def test_on_a_full_disk_the_end_of_the_error_takes_the_room_of_the_heartbeat(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.mkdir()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with pytest.raises(RuntimeError), claim(folder):
         monkeypatch.setattr(Path, "write_text", full)
         raise RuntimeError("x" * 3000 + " the end")

@@ -192,7 +192,7 @@ def test_a_launcher_that_is_gone_leaves_the_jobs_and_the_next_one_waits_for_them
     (master,) = {i.split("_")[0] for i in running(3)}
     first.send_signal(signal.SIGINT)
     _, error = first.communicate(timeout=20)
-    assert f"Slurm's jobs go on. To wait for them: launch again. To end them: scancel {master}\n" in error
+    assert f"Slurm's jobs go on; `status` tells how far they are. To end them: scancel {master}\n" in error
     assert "KeyboardInterrupt" in error
     assert slurm.launch(commands) == [0] * 4
     assert len((tmp_path / "slurm" / "jobs.txt").read_text().splitlines()) == 4, "nothing was submitted twice"

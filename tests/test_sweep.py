@@ -490,6 +490,19 @@ def test_a_question_that_nobody_can_answer(
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert run(script.main, ["launch", *DEBUG]) == 2
     assert "--skip_confirmation" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", None)  # closed by the shell
+    assert run(script.main, ["launch", *DEBUG]) == 2
+    assert "--skip_confirmation" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_the_end_of_the_input_is_a_no(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert run(script.main, ["launch", *DEBUG]) == 0
+    assert capsys.readouterr().out.endswith("Nevermind!\n")
     assert not Path("out").exists()
 
 
@@ -543,6 +556,9 @@ FEW = "n_trials = 1\nn_hparams = 1\n"
         (["--n_trials", "0"], "no jobs: n_trials 0"),
         (["--n_hparams_from", "1"], "no jobs"),
         (["--max_parallel", "0"], "max_parallel is 0"),
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--checkpoint_freq", "0"], "checkpoint_freq is 0"),
+        (["--eval_images", "-1"], "eval_images is -1"),
         (
             ["--jobs_per_gpu", "2"],
             "unknown option of launcher local 'jobs_per_gpu'. Did you mean 'jobs_per_process'? Known: max_p",
@@ -582,6 +598,7 @@ def test_mistakes_are_refused_before_any_folder_exists(
         (lambda t: t.replace("output_dir", "#"), "missing output_dir"),
         (lambda t: t + 'color = "red"\n', "unknown key of [[rows]]"),
         (lambda t: t + "hparams = 3\n", "expected dict"),
+        (lambda t: t + "steps = 0\n", "steps of ERM is 0; it must be at least 1"),
         (lambda t: t + 'label = "Mine"\n', "label 'Mine' must start with its algorithm, 'ERM'"),
         (lambda t: t + '[[rows]]\nalgorithm = "ERM"\n', "two rows are called 'ERM'"),
         (lambda t: t + "[[rows]]\n", "missing algorithm"),

@@ -289,11 +289,24 @@ def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, m
     assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at(1, monkeypatch, lambda: (terminate(), terminate()))
+def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(1, monkeypatch, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", algorithm="LoRA")
     assert state(tmp_path / "run") == State.INCOMPLETE
+    assert checkpoint.load(tmp_path / "run")["step"] == 0, "that of the last record"
+
+
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_another_signal_after_the_first_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    signals = [signal.SIGUSR1, getattr(signal, second)]  # the order of Slurm
+    stop_at(1, monkeypatch, lambda: [signal.raise_signal(number) for number in signals])
+    with pytest.raises(SystemExit) as caught:
+        go(tmp_path / "run", algorithm="LoRA")
+    assert caught.value.code == 128 + signal.SIGUSR1
+    assert checkpoint.load(tmp_path / "run")["step"] == 1
 
 
 def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +369,17 @@ def test_an_error_of_the_disk_is_named_and_loses_nothing(
     assert os.strerror(number) in failure(tmp_path / "run")
     assert [r["step"] for r in records.load_run(tmp_path / "run")] == stay
     assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
+
+
+def test_numbers_of_numpy_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = get_algorithm_class("LoRA").update
+    numbers = lambda *args: {name: np.float32(value) for name, value in update(*args).items()}  # noqa: E731
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", numbers)
+    with monkeypatch.context() as patch:
+        stop_at(1, patch, terminate)
+        with pytest.raises(SystemExit):
+            go(tmp_path / "run", algorithm="LoRA")
+    assert [r["step"] for r in go(tmp_path / "run", algorithm="LoRA")] == [0, 2, 3]
 
 
 def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

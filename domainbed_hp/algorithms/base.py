@@ -81,7 +81,8 @@ class Algorithm(nn.Module):
     def training_state(self) -> dict[str, Any]:
         """All that `update` changes, to go on from: trained weights, and the attributes that have a state of their own.
 
-        Those are optimizers and their schedules. Override both methods where `update` changes anything else.
+        Those are optimizers and their schedules. Override both methods where `update` changes anything else: only
+        tensors and plain values, also in lists and dicts, can be loaded again.
         """
         states = {name: value.state_dict() for name, value in self._stateful().items()}
         return {"weights": self.trained_state(), "states": states}

@@ -65,6 +65,10 @@ def environment(parallel: int, **more: str) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores() // parallel)), **os.environ, **more}
 
 
+class Unwritable(UsageError):
+    """A job's folder."""
+
+
 class Log:
     """`launch.log` in a job's folder, which is created: what one launch after the other writes to stderr.
 
@@ -74,8 +78,11 @@ class Log:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.path = folder_of(command) / LOG
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab+")  # noqa: SIM115
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "ab+")  # noqa: SIM115
+        except OSError as error:
+            raise Unwritable(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
         self.start = self.file.tell()
 
     def close(self, code: int) -> list[str]:
@@ -118,8 +125,8 @@ class Slot:
 def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[int]:
     """Run every command in the first slot that is free; the exit codes in the order of the commands.
 
-    A job that is taken when its turn comes is not started. A failed one is reported on stderr and the others go on. An
-    interrupt stops those that run.
+    A job that is taken when its turn comes is not started. A failed one, also one whose folder cannot be written to, is
+    reported on stderr and the others go on. An interrupt stops those that run.
     """
     codes = [EXIT_TAKEN] * len(commands)
     waiting, free = deque(enumerate(commands)), deque(slots)
@@ -131,9 +138,15 @@ def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[in
                 index, command = waiting.popleft()
                 if taken(command):
                     bar.update()
-                else:
-                    running[index] = free.popleft()
+                    continue
+                running[index] = free.popleft()
+                try:
                     running[index].start(command)
+                except Unwritable as error:
+                    codes[index] = 1
+                    tqdm.write(str(error), file=sys.stderr)
+                    free.append(running.pop(index))
+                    bar.update()
             for index, slot in list(running.items()):
                 code = slot.poll()
                 if code is None:

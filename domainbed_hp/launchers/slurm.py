@@ -1,7 +1,8 @@
 """Jobs of a Slurm cluster, as arrays, through submitit; nodes share the disk and the Python of the launcher.
 
 A job that runs out of time or is pre-empted saves its state, queues again and goes on. Jobs need no launcher: one that
-is gone leaves them running, and the next one waits for those that it finds in the queue.
+is gone leaves them to Slurm. The next one submits none of them twice: it waits for those of its jobs that still queue,
+and `status` tells of those that run.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def launch(
             report(commands[i], codes[i], lines)
     except KeyboardInterrupt:
         arrays = " ".join(sorted({job.split("_")[0] for job in ids.values()}))
-        print(f"Slurm's jobs go on. To wait for them: launch again. To end them: scancel {arrays}", file=sys.stderr)
+        print(f"Slurm's jobs go on; `status` tells how far they are. To end them: scancel {arrays}", file=sys.stderr)
         raise
     return codes
 

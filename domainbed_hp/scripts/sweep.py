@@ -94,12 +94,13 @@ def parser() -> argparse.ArgumentParser:
 
 def confirmed() -> bool:
     """The user's yes; never asked where nobody can answer."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(
             "stdin is not a terminal, so the question `Are you sure?` cannot be asked: --skip_confirmation"
         )
-    if input("Are you sure? (y/n) ").lower().strip()[:1] == "y":
-        return True
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        if input("Are you sure? (y/n) ").lower().strip()[:1] == "y":
+            return True
     print("Nevermind!")
     return False
 

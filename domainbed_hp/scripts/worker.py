@@ -12,7 +12,12 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 from domainbed_hp import keep, registry
 from domainbed_hp.scripts import run
@@ -27,8 +32,10 @@ def main() -> int:
     try:
         for line in jobs:
             job = json.loads(line)
-            with stderr_to(job["log"], nothing), as_found():
-                code = exit_code(job["module"], job["argv"])
+            with stderr_to(job["log"], nothing):
+                import_plugins(job["argv"])
+                with as_found(), torch_as_found():
+                    code = exit_code(job["module"], job["argv"])
             print(code, file=answers, flush=True)
     except (KeyboardInterrupt, BrokenPipeError):  # told to go, or the launcher went
         return 0
@@ -38,6 +45,7 @@ def main() -> int:
 @contextlib.contextmanager
 def stderr_to(path: str, nothing: int) -> Iterator[None]:
     """Append to `path` what is written to stderr, also by code that is not Python."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 2)
     os.close(log)
@@ -62,6 +70,14 @@ def exit_code(module: str, argv: Sequence[str]) -> int:
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
+def import_plugins(argv: Sequence[str]) -> None:
+    """Import the job's `--import` modules: once in a process, so that what they set must be found by every job."""
+    after = argv[argv.index("--import") + 1 :] if "--import" in argv else []
+    for module in takewhile(lambda item: not item.startswith("--"), after):
+        with contextlib.suppress(Exception, SystemExit):  # the job tells
+            importlib.import_module(module)
+
+
 @contextlib.contextmanager
 def as_found() -> Iterator[None]:
     """Put back what a job may change in its process, so that the next one finds it as new.
@@ -84,24 +100,54 @@ def as_found() -> Iterator[None]:
                 table.update(content)
         os.chdir(folder)
         sys.path[:], (sys.stdout, sys.stderr) = path, streams
-        tidy_torch()
 
 
-def tidy_torch() -> None:
-    """Torch's own settings as after its import, and its memory free; nothing where no job imported it."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    threads = int(os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())).split(",")[0])
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    if torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(False)
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def torch_settings() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """What gets and what sets each. Of those for TF32 the newer ones come last: the older ones change them."""
+    import torch
+
+    backends: Any = torch.backends
+    cublas, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    newer = [backends, cublas, *(part for of in (cudnn, mkldnn) for part in (of, of.conv, of.rnn)), mkldnn.matmul]
+    attributes = [(cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")]
+    attributes += [(cublas, f"allow_{kind}_reduced_precision_reduction") for kind in ("fp16", "bf16")]
+    attributes += [(part, "fp32_precision") for part in newer]
+    return [
+        (torch.get_num_threads, torch.set_num_threads),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        *((partial(getattr, *each), partial(setattr, *each)) for each in attributes),
+    ]
+
+
+def asked(get: Callable[[], Any]) -> Any:
+    """None where torch does not say: older and newer settings contradict each other."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return get()
+        except RuntimeError:
+            return None
+
+
+@contextlib.contextmanager
+def torch_as_found() -> Iterator[None]:
+    """Put back torch's settings and free its memory."""
+    settings = torch_settings()
+    before = [asked(get) for get, _ in settings]
+    try:
+        yield
+    finally:
+        for (get, put), value in zip(settings, before, strict=True):
+            if value is not None and asked(get) != value:
+                put(value)
+        gc.collect()
+        cuda = sys.modules["torch"].cuda
+        if cuda.is_initialized():
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":
