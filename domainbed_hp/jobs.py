@@ -23,8 +23,6 @@ TRAIN_MODULE = "domainbed_hp.scripts.train"
 SWEEP_FILE = "sweep.json"
 LAUNCHERS = "launchers"
 """Folder beside it: what each launcher at work claims."""
-IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
-"""Arguments that say where in a table the records of a run belong."""
 # DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
 NOT_IDENTITY = ("data_dir", "output_dir", "device", "num_workers")
 
@@ -93,8 +91,6 @@ def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
     try:
         sweep = json.loads(path.read_text())
         jobs = [Job(job["args"], output_dir / job["folder"]) for job in sweep.pop("jobs")]
-        if missing := [name for job in jobs for name in IDENTIFYING if name not in job.args]:
-            raise KeyError(f"args.{missing[0]}")
         if not all({"algorithm", "label"} <= row.keys() for row in sweep["rows"]):
             raise KeyError("rows")
     except FileNotFoundError as error:

@@ -81,7 +81,7 @@ def text_of(folder, runs, names):
     return plain.to_text(report.make(load(folder)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sweeps().filter(len), st.randoms(use_true_random=False))
 def test_the_order_of_records_and_folders_never_changes_a_table(tmp_path, runs, chance):
     names = [f"run{i}" for i in range(len(runs))]
@@ -93,7 +93,7 @@ def test_the_order_of_records_and_folders_never_changes_a_table(tmp_path, runs, 
     assert text_of(tmp_path / "a", runs, deep) == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(sweeps().filter(len), st.sampled_from(["Mine", "Aaa", "ZeroShotCLIP"]))
 def test_an_unrelated_algorithm_never_changes_anothers_row(runs, name):
     records = [r for run in runs for r in run]

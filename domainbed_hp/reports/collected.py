@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from domainbed_hp.jobs import IDENTIFYING, SWEEP_FILE, Job, load_sweep
+from domainbed_hp.jobs import SWEEP_FILE, Job, load_sweep
 from domainbed_hp.records import FILE_NAME, Record
 from domainbed_hp.registry import UsageError
 from domainbed_hp.runs import DONE
@@ -37,6 +37,8 @@ PROTOCOL = (
     "loader",
 )
 """Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table."""
+IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
+"""Arguments that say where in a table the records of a run belong."""
 WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
 """Hparams that say which pretrained weights a run started from."""
 
@@ -102,6 +104,8 @@ def load(input_dir: str | Path) -> Collected:
         for folder, files in walk(input_dir):
             if SWEEP_FILE in files:
                 sweep, jobs = load_sweep(Path(folder))
+                for job in jobs:
+                    check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
                 collected.sweeps.append(sweep)
                 collected.planned.extend(Planned(job, (job.folder / DONE).exists()) for job in jobs)
             if FILE_NAME in files:
@@ -173,7 +177,8 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
     for folder, record in found:
         new_run = args is None or folder != folder_of or record.get("args") != args
         if new_run:
-            args, folder_of = checked_args(folder, record), folder
+            args, folder_of = record.get("args") or {}, folder
+            check_args(args, f"a record of {folder}")
             told = record.get("hparams", {}), record.get("versions", {}), record.get("image_size")
             runs.append(Run(folder, args, *told))
         before, keys = layout, tuple(record)
@@ -181,7 +186,7 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
         if new_run or layout is not before or layout is None:
             needed = ["step", *(f"env{i}_{split}_acc" for i in runs[-1].args["test_envs"] for split in ("in", "out"))]
             if missing := [key for key in needed if key not in record]:
-                raise lacking(folder, missing)
+                raise lacking(f"a record of {folder}", missing)
         if layout is None:
             layout = layouts[keys] = Layout(record)
         layout.add(record, len(run_of))
@@ -226,16 +231,14 @@ def columns(length: int, layouts: Iterable[Layout]) -> dict[str, np.ndarray]:
     return found
 
 
-def checked_args(folder: str, record: Record) -> dict[str, Any]:
-    args: dict[str, Any] = record.get("args") or {}
+def check_args(args: Mapping[str, Any], whose: str) -> None:
     if missing := [key for key in IDENTIFYING if key not in args]:
-        raise lacking(folder, [f"args.{key}" for key in missing])
-    return args
+        raise lacking(whose, [f"args.{key}" for key in missing])
 
 
-def lacking(folder: str, missing: Sequence[str]) -> UsageError:
+def lacking(whose: str, missing: Sequence[str]) -> UsageError:
     return UsageError(
-        f"a record of {folder} has no {', '.join(missing)}; it needs args.algorithm, args.dataset, args.test_envs, "
+        f"{whose} has no {', '.join(missing)}; a record needs args.algorithm, args.dataset, args.test_envs, "
         "args.trial_seed, args.hparams_seed, step, env{i}_out_acc of every environment i and env{t}_in_acc of every "
         "test environment t"
     )
