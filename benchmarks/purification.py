@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from domainbed_hp import records, tables
 from domainbed_hp.model_selection import IIDAccuracy
+from domainbed_hp.reports import collected, tables
 
 METHOD, CONTROL = "HeadPurification", "HeadPurification, no MMD"
 
@@ -26,8 +26,8 @@ def mean_err(values: pd.Series) -> str:
 
 
 def main(folder: Path) -> None:
-    found = records.load(folder)
-    frame = records.frame(found)
+    found = collected.load(folder)
+    frame = found.frame
     chosen = IIDAccuracy.select(frame)
     by_trial = chosen.pivot_table(index="trial_seed", columns="row", values="test_acc", aggfunc="mean")
     by_env = chosen.pivot_table(index="test_env", columns="row", values="test_acc", aggfunc="mean")
@@ -40,13 +40,9 @@ def main(folder: Path) -> None:
     print(tabulate(lines, headers, disable_numparse=True, tablefmt="github"))
     print(f"\n{len(by_trial)} trials")
 
-    last = {}
-    for record in sorted(found, key=lambda r: r["step"]):
-        args = record["args"]
-        last[records.row_label(args), args["trial_seed"], args["test_envs"][0]] = record
-    keys = [key[1:] for key in last if key[0] == METHOD]
-    ratios = [last[METHOD, *k]["val_mmd"] / last[CONTROL, *k]["val_mmd"] for k in keys]
-    moved = [last[METHOD, *k]["gate_shift"] for k in keys]
+    last = frame.sort_values("step", kind="stable").groupby(["row", "trial_seed", "test_envs"]).last()
+    ratios = last.loc[METHOD, "val_mmd"] / last.loc[CONTROL, "val_mmd"]
+    moved = last.loc[METHOD, "gate_shift"]
     print(f"validation MMD, with over without: lower in {sum(r < 1 for r in ratios)} of {len(ratios)} runs, ", end="")
     print(f"median ratio {np.median(ratios):.3f}, largest {max(ratios):.3f}")
     print(f"largest move of a gate: at least {min(moved):.2f} in every run, median {np.median(moved):.2f}")

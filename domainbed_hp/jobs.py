@@ -82,13 +82,22 @@ class Job:
 
 def load_jobs(output_dir: Path) -> list[Job]:
     """The jobs that were launched into `output_dir`, without importing an algorithm."""
+    return load_sweep(output_dir)[1]
+
+
+def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
+    """What sweep.json says of a sweep (version, spec, rows), and its jobs."""
     path = output_dir / SWEEP_FILE
     try:
-        return [Job(job["args"], output_dir / job["folder"]) for job in json.loads(path.read_text())["jobs"]]
+        sweep = json.loads(path.read_text())
+        jobs = [Job(job["args"], output_dir / job["folder"]) for job in sweep.pop("jobs")]
+        if not all({"algorithm", "label"} <= row.keys() for row in sweep["rows"]):
+            raise KeyError("rows")
     except FileNotFoundError as error:
         raise UsageError(f"{path} not found: no sweep was launched into {output_dir}; see --output_dir") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a sweep file ({error!r}); delete it and launch again") from error
+    return sweep, jobs
 
 
 @contextlib.contextmanager

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import domainbed_hp
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """What a number depends on besides the arguments."""
     return {
+        "commit": commit(),
+        "hardware": hardware(device),
         "domainbed_hp": domainbed_hp.__version__,
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -23,9 +30,33 @@ def versions() -> dict[str, str]:
     }
 
 
-def print_header(args: dict[str, Any], hparams: dict[str, Any]) -> None:
+@cache
+def commit() -> str:
+    """The commit that this package's files are of, with a + where they differ from it; "none": not a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # A checkout that the package is only installed in does not track this file.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
+        asked = [*git, "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU by its name, or the CPU and how many of its cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def print_header(args: dict[str, Any], hparams: dict[str, Any], made_by: dict[str, str]) -> None:
     """What is run with what."""
-    for title, table in (("Environment", versions()), ("Args", args), ("HParams", hparams)):
+    for title, table in (("Environment", made_by), ("Args", args), ("HParams", hparams)):
         print(f"{title}:")
         for name, value in sorted(table.items()):
             print(f"\t{name}: {value}")

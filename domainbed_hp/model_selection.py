@@ -1,7 +1,7 @@
 """DomainBed's three rules (model_selection.py there): which run and checkpoint stands for a trial.
 
 A rule sees the records of one (row, dataset, trial_seed, test_env), scores (hparams_seed, step) by `val_acc`, and the
-best one's `test_acc` = env{t}_in_acc counts. Input is `records.frame`.
+best one's `test_acc` = env{t}_in_acc counts. Input is the frame of `reports.collected`.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,18 @@ class SelectionMethod:
     candidates: Callable[[pd.DataFrame], pd.DataFrame]
 
     def select(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The best candidate of each group, columns `CHOICE`; a group without candidates has no row.
+        """The best candidate of each group, columns `CHOICE`; a group without candidates has no row."""
+        return self.ranked(frame).drop_duplicates(GROUP).sort_values(GROUP, ignore_index=True)
+
+    def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The best step of each hparams_seed of each group, best first, columns `CHOICE`.
 
         Equal `val_acc`: the higher hparams_seed, then the earlier step. NaN counts as -inf.
         """
         # DEVIATION: among the steps of one run, DomainBed's max() would keep a NaN that comes first.
         order = ["val_acc", "hparams_seed", "step"]
         found = self.candidates(frame).sort_values(order, ascending=[False, False, True], na_position="last")
-        return found.drop_duplicates(GROUP)[CHOICE].sort_values(GROUP, ignore_index=True)
+        return found.drop_duplicates([*GROUP, "hparams_seed"])[CHOICE]
 
 
 def _accs(frame: pd.DataFrame, split: str) -> np.ndarray:
@@ -73,7 +77,7 @@ def _leave_one_out(frame: pd.DataFrame) -> pd.DataFrame:
         others = [(*key, v) for v in range(num_envs) if v != key[-1]]
         complete.append(all(other in left_out for other in others))
         if complete[-1]:
-            val_accs.append(np.mean([left_out[other] for other in others]))
+            val_accs.append(sum(left_out[other] for other in others) / len(others))
     return single[np.array(complete, dtype=bool)].assign(val_acc=np.array(val_accs, dtype=float))
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_hp import registry
+from domainbed_hp.jobs import Job
 from domainbed_hp.registry import UsageError
 from domainbed_hp.sweep import LAUNCHER_OPTIONS, Row, SweepSpec, options_of
+
+WHERE = ("data_dir", "device", "num_workers")
+"""Settings that make no other job of a job."""
 
 
 def read_sweep_file(path: str | None) -> dict[str, Any]:
@@ -77,6 +81,44 @@ def spec_from(config: str | None, flags: dict[str, Any]) -> SweepSpec:
         new = [Row(name) for name in algorithms if name not in {row.algorithm for row in spec.rows}]
         spec = replace(spec, rows=(*(row for row in spec.rows if row.algorithm in algorithms), *new))
     return override(spec, parse_hparams(flags["hparams"])) if "hparams" in flags else spec
+
+
+def read_jobs(path: str, flags: dict[str, Any]) -> tuple[SweepSpec, list[Job]]:
+    """The jobs of a file that `collect_results --missing` wrote, and the spec that checks and launches them.
+
+    `flags` may say where jobs run and where data lie, nothing that would make other jobs of them.
+    """
+    for name in flags:
+        if name not in (*WHERE, "launcher", *LAUNCHER_OPTIONS):
+            raise UsageError(f"--{name} with --jobs: what the jobs are stands in {path}")
+    try:
+        entries = [(Path(job["output_dir"]), dict(job["args"])) for job in json.loads(Path(path).read_text())["jobs"]]
+        rows = []
+        for _, args in entries:
+            hparams = parse_hparams(args.get("hparams") or "{}")
+            row = Row(args["algorithm"], args.get("label") or "", hparams, args.get("steps"))
+            rows += [row] * (row not in rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--jobs {path}: not a file of jobs, as collect_results --missing writes it: {error!r}"
+        ) from error
+    folders = sorted({str(folder) for folder, _ in entries})
+    if len(folders) != 1:
+        found = ", ".join(folders) or "none"
+        raise UsageError(
+            f"--jobs {path}: expected jobs of one sweep, got folders {found}. Collect each --input_dir alone"
+        )
+    where = {name: flags[name] for name in WHERE if name in flags}
+    jobs = [Job.under(folder, args | where) for folder, args in entries]
+    values = {name: value for name, value in flags.items() if name != "slurm"}
+    if "slurm" in flags:
+        values["slurm"] = parse_slurm(flags["slurm"])
+    datasets = list(dict.fromkeys(job.args["dataset"] for job in jobs))
+    imports = list(dict.fromkeys(module for job in jobs for module in job.args.get("import", [])))
+    data_dir = next((job.args["data_dir"] for job in jobs if job.args.get("data_dir")), "")
+    values = {"data_dir": data_dir, "output_dir": folders[0], "datasets": datasets, "imports": imports} | values
+    spec = SweepSpec.of({**values, "rows": [{"algorithm": rows[0].algorithm}]}, f"--jobs {path}")
+    return replace(spec, rows=tuple(rows)), jobs
 
 
 def override(spec: SweepSpec, hparams: dict[str, Any]) -> SweepSpec:

@@ -54,7 +54,7 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
         stack.enter_context(log_to(run.output_dir))
         workers = stack.enter_context(Workers(run.num_workers))
         stop = stack.enter_context(stop_signals())
-        print_header(asdict(args), run.hparams)
+        print_header(asdict(args), run.hparams, versions(run.device))
         print(f"Images: {run.dataset.source}")
         training = Training(run, held, workers, stop)
         training.resume(before)
@@ -80,6 +80,7 @@ class Training:
 
         seed_everything(run.args.seed)
         self.algorithm = build(run.recipe).to(run.device)
+        self.trainable = sum(p.numel() for p in self.algorithm.parameters() if p.requires_grad)
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
         environments, limit = run.dataset.environments, run.args.eval_images
         batch_size = EVAL_BATCH["cuda" if run.on_gpu else "cpu"]
@@ -154,7 +155,8 @@ class Training:
         record["elapsed_s"] = self.elapsed_s()
         self.held.check()
         self.columns = print_row(record, self.columns)
-        record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions()}
+        record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions(run.device)}
+        record |= {"image_size": run.pixels.size, "trainable_params": self.trainable}
         records.append(run.output_dir, record)
         self.recorded.append(step)
         self.keep_models(record)

@@ -3,28 +3,25 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from made_records import launched, minimal, record, write
 
-from domainbed_hp.registry import ALGORITHMS, UsageError
-from domainbed_hp.scripts import collect_results, run
+from domainbed_hp.registry import ALGORITHMS
+from domainbed_hp.scripts import collect_results, run, sweep
 from domainbed_hp.scripts.collect_results import main
 
 
-def make_run(folder, env, trial_seed=0, **args):
-    """A run folder with one minimal record."""
-    folder.mkdir(parents=True)
-    args = {"algorithm": "ERM", "dataset": "PACS", "hparams_seed": 0, "trial_seed": trial_seed, **args}
-    record = {"args": {**args, "test_envs": [env]}, "step": 0, f"env{env}_in_acc": 0.5}
-    record |= {f"env{i}_out_acc": 0.5 for i in range(4)}
-    (folder / "results.jsonl").write_text(json.dumps(record) + "\n")
+def collect(folder, *more):
+    return run(main, ["--input_dir", str(folder), *map(str, more)])
 
 
 @pytest.fixture
-def sweep(tmp_path):
+def four_runs(tmp_path):
     """Four minimal runs, one per environment of PACS."""
     for env in range(4):
-        make_run(tmp_path / f"run{env}", env)
+        write(tmp_path / f"run{env}", record(env, 0.5))
     return tmp_path
 
 
@@ -35,41 +32,121 @@ def domainbed_sweep(shared_data, tmp_path):
     return tmp_path / "runs", (shared_data / "domainbed_sweep" / "expected.txt").read_text()
 
 
+def remove(runs, env, trial):
+    for file in runs.glob("*/results.jsonl"):
+        args = json.loads(file.read_text().splitlines()[0])["args"]
+        if args["test_envs"] == [env] and args["trial_seed"] == trial:
+            shutil.rmtree(file.parent)
+
+
 def test_domainbeds_own_sweep_prints_as_domainbed_prints_it(domainbed_sweep, capsys):
     runs, expected = domainbed_sweep
     for done in runs.glob("*/done"):
         done.unlink()
-    assert main(["--input_dir", str(runs)]) == 0
+    assert collect(runs, "--strict") == 0
     assert capsys.readouterr() == (expected, "")
     assert (runs / "results.txt").read_text() == expected
+    assert json.loads((runs / "provenance.json").read_text())["runs"] == 40
 
 
 def test_a_torn_last_line_is_left_out_with_a_note(domainbed_sweep, capsys):
     runs, expected = domainbed_sweep
     torn = sorted(runs.glob("*/results.jsonl"))[0]
     torn.write_text(torn.read_text() + '{"args": {"algor')
-    main(["--input_dir", str(runs)])
+    assert collect(runs) == 0
     out, err = capsys.readouterr()
     assert out == expected
     assert err == f"note: {torn}: line 6 is not a whole record (torn?) and is left out\n"
+    assert collect(runs, "--strict") == 2
 
 
-def test_a_missing_trial_is_told_on_stderr(domainbed_sweep, capsys):
+def test_missing_jobs_are_told_marked_and_written(domainbed_sweep, capsys, tmp_path):
     runs, _ = domainbed_sweep
+    remove(runs, 0, 1)
+    assert collect(runs, "--missing", tmp_path / "jobs.json") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^ERM +97\.\d \+/- 0\.0 ", out, re.MULTILINE), "as DomainBed: the cell of the remaining trial"
+    assert err == (
+        "missing: ERM, VLCS, test_envs 0, trial 1, hparams_seed 0-1\n"
+        f"To complete the tables: python -m domainbed_hp.scripts.sweep launch --jobs {tmp_path / 'jobs.json'}\n"
+    )
+    jobs = json.loads((tmp_path / "jobs.json").read_text())["jobs"]
+    assert [job["args"]["hparams_seed"] for job in jobs] == [0, 1]
+    assert all((job["args"]["test_envs"], job["args"]["trial_seed"]) == ([0], 1) for job in jobs)
+
+    collect(runs, "--latex")
+    latex = capsys.readouterr().out
+    iid = latex.partition("Model selection: training")[2].partition(r"\end{tabular}")[0]
+    row = next(line for line in iid.splitlines() if line.startswith("ERM"))
+    assert [r"\dagger" in cell for cell in row.split("&")[1:]] == [True, False, False, False, True]
+    loo = latex.partition("Model selection: leave")[2].partition(r"\end{tabular}")[0]
+    row = next(line for line in loo.splitlines() if line.startswith("ERM"))
+    assert [r"\dagger" in cell for cell in row.split("&")[1:]] == [True, False, False, False, True]
+
+
+def test_a_missing_pair_is_a_matter_of_leave_one_out_alone(domainbed_sweep, capsys):
+    runs, expected = domainbed_sweep
     for file in runs.glob("*/results.jsonl"):
         args = json.loads(file.read_text().splitlines()[0])["args"]
-        if args["test_envs"] == [0] and args["trial_seed"] == 1:
+        if args["test_envs"] == [1, 2] and args["trial_seed"] == 0 and args["hparams_seed"] == 1:
             shutil.rmtree(file.parent)
-    main(["--input_dir", str(runs)])
+    collect(runs, "--json")
     out, err = capsys.readouterr()
-    # As DomainBed: the cell of the remaining trial.
-    assert re.search(r"^ERM +97\.\d \+/- 0\.0 ", out, re.MULTILINE)
-    assert "note: ERM, VLCS, environment C: 1 of 2 trials (training-domain validation set)\n" in err
-    assert len(err.splitlines()) == 3
+    assert err == "missing: ERM, VLCS, test_envs 1,2, trial 0, hparams_seed 1\n"
+    lacking = [
+        (c["selection"][:5], c["dataset"], c["column"], c["missing"]) for c in json.loads(out)["cells"] if c["missing"]
+    ]
+    assert lacking == [
+        *(("leave", "VLCS", env, 1) for env in ("L", "S")),
+        ("leave", "VLCS", "Avg", 2),
+        *(("leave", "Averages", column, 2) for column in ("VLCS", "Avg")),
+    ]
 
 
-def test_minimal_records_are_collected(sweep, capsys):
-    main(["--input_dir", str(sweep)])
+def test_what_is_missing_can_be_launched_and_completes_the_tables(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["--datasets", "Debug28", "--algorithms", "LoRA", "--test_envs", "0", "1", "2", "--n_trials", "2"]
+    hparams = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2}'
+    settings += ["--n_hparams", "1", "--steps", "3", "--hparams", hparams, "--skip_model_save", "--output_dir", "out"]
+    assert run(sweep.main, ["launch", *settings, "--command_launcher", "dummy"]) == 0
+    for job in json.loads(Path("out/sweep.json").read_text())["jobs"]:
+        accs = {f"env{i}_{split}_acc": 0.5 for i in range(3) for split in ("in", "out")}
+        if (job["args"]["test_envs"], job["args"]["trial_seed"]) != ([2], 1):
+            write(Path("out", job["folder"]), {"args": job["args"], "step": 2, **accs})
+            Path("out", job["folder"], "done").write_text("done")
+    assert collect("out", "--strict", "--missing", "jobs.json") == 2
+    out, err = capsys.readouterr()
+    assert "About" in out and "missing: LoRA, Debug28, test_envs 2, trial 1, hparams_seed 0\n" in err
+    assert "error: --strict: 1 jobs are missing" in err
+
+    assert run(sweep.main, ["launch", "--jobs", "jobs.json", "--skip_confirmation"]) == 0
+    assert "Launched 1 jobs!" in capsys.readouterr().out
+    assert collect("out", "--strict") == 0
+    assert "Total records: 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        ("{", [], "--jobs jobs.json: not a file of jobs"),
+        ('{"jobs": []}', [], "expected jobs of one sweep, got folders none"),
+        ('{"jobs": [{"output_dir": "a"}]}', [], "not a file of jobs"),
+        ('{"jobs": [{"output_dir": "a", "args": {"algorithm": "LoRA"}}]}', ["--steps", "3"], "--steps with --jobs"),
+        ('{"jobs": [{"output_dir": "a", "args": ARGS}]}', ["--config", "x.toml"], "--config with --jobs"),
+        ('{"jobs": [{"output_dir": "a", "args": {"colour": 1, "REST}}]}', [], "unknown argument of train in jobs.json"),
+    ],
+)
+def test_mistakes_in_a_file_of_jobs(tmp_path, capsys, monkeypatch, text, more, message):
+    monkeypatch.chdir(tmp_path)
+    args = json.dumps({**minimal()["args"], "dataset": "Debug28", "algorithm": "LoRA"})
+    Path("jobs.json").write_text(text.replace("ARGS", args).replace('"REST}', args[1:]))
+    assert run(sweep.main, ["launch", "--jobs", "jobs.json", "--skip_confirmation", *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("a").exists()
+
+
+def test_minimal_records_are_collected(four_runs, capsys):
+    assert collect(four_runs) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Total records: 4\n\n-------- Dataset: PACS, model selection method: training-domain")
     assert out.count("50.0 +/- 0.0") == 10
@@ -78,97 +155,83 @@ def test_minimal_records_are_collected(sweep, capsys):
     assert "leave-one-domain-out cross-validation needs runs with two test environments" in note
 
 
-def test_only_table_rows_begin_with_an_algorithm(sweep, capsys):
+def test_only_table_rows_begin_with_an_algorithm(four_runs, capsys):
     for env in range(4):
-        make_run(
-            sweep / "ablation" / f"run{env}", env, algorithm="HeadPurification", label="HeadPurification, no gates"
-        )
-    main(["--input_dir", str(sweep)])
+        one = record(env, 0.5, algorithm="HeadPurification", label="HeadPurification, no gates")
+        write(four_runs / "ablation" / f"run{env}", one)
+    collect(four_runs)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(ALGORITHMS))]
     assert len(lines) == 2 * 2 * 3
     assert all(re.search(r"(\d\.\d|X) +$", line) for line in lines)
 
 
-def test_a_row_without_runs_is_told_once(sweep, capsys):
-    make_run(sweep / "elsewhere", 0, dataset="VLCS")
-    make_run(sweep / "lora", 0, algorithm="LoRA")
-    main(["--input_dir", str(sweep)])
-    assert capsys.readouterr().err.count("LoRA, VLCS") == 1
+def test_runs_of_different_protocols_are_rows_of_their_own(four_runs, capsys):
+    for env in range(4):
+        write(four_runs / f"short{env}", record(env, 0.3, steps=100))
+        write(four_runs / f"long{env}", record(env, 0.7, steps=200))
+        shutil.rmtree(four_runs / f"run{env}")
+    collect(four_runs)
+    out, err = capsys.readouterr()
+    assert "ERM (steps=100)       30.0 +/- 0.0" in out and "ERM (steps=200)       70.0 +/- 0.0" in out
+    assert "note: runs of 'ERM' on PACS differ in steps and are rows of their own" in err
 
 
-def test_latex(sweep, capsys):
-    main(["--input_dir", str(sweep), "--latex"])
+def test_formats_are_files_too(four_runs, capsys):
+    for name, (file, _, _) in collect_results.FORMATS.items():
+        assert collect(four_runs, f"--{name}") == 0
+        assert (four_runs / file).read_text() == capsys.readouterr().out
+    assert collect(four_runs, "--columns", "params", "--with_published") == 0
     out = capsys.readouterr().out
-    assert out.startswith("\\documentclass") and "% Total records: 4\n" in out
-    assert (sweep / "results.tex").read_text() == out
-    assert not (sweep / "results.txt").exists()
+    assert "parameters (trained)" in out and "Published averages" in out
 
 
-def test_what_cannot_be_written_is_a_note(sweep, capsys):
-    (sweep / "results.txt").mkdir()
-    assert main(["--input_dir", str(sweep)]) == 0
+def test_comparison_in_place_of_tables(four_runs, capsys):
+    for env in range(4):
+        write(four_runs / f"lora{env}", record(env, 0.7, algorithm="LoRA"))
+    assert collect(four_runs, "--compare", "LoRA", "ERM") == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("-------- LoRA (a) minus ERM (b), PACS") and "+20.0" in out and "Total" not in out
+
+
+def test_what_cannot_be_written_is_a_note(four_runs, capsys):
+    (four_runs / "results.txt").mkdir()
+    assert collect(four_runs) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Total records: 4\n")
-    assert f"note: {sweep / 'results.txt'} is not written: Is a directory\n" in err
+    assert f"note: {four_runs / 'results.txt'} is not written: Is a directory\n" in err
+    assert collect(four_runs, "--missing", four_runs) == 2
 
 
-def test_sweep_json_gives_the_order_of_rows_and_the_planned_trials(sweep, capsys):
-    for label in ("ERM, a", "ERM, b"):
-        for env in range(4):
-            make_run(sweep / label / f"run{env}", env, label=label)
-    jobs = [
-        {"folder": f"run{env}", "args": {"dataset": "PACS", "trial_seed": trial}} for env in (0, 1) for trial in (0, 1)
-    ]
-    (sweep / "run0" / "done").touch()
-    rows = [{"algorithm": "ERM", "label": label} for label in ("ERM, b", None)]
-    (sweep / "sweep.json").write_text(json.dumps({"rows": rows, "jobs": jobs}))
-    main(["--input_dir", str(sweep)])
-    out, err = capsys.readouterr()
-    assert [line[:6] for line in out.splitlines() if line.startswith("ERM")][:3] == ["ERM, b", "ERM   ", "ERM, a"]
-    assert "note: ERM, PACS, environment A: 1 of 2 trials (training-domain validation set)\n" in err
-    assert err.endswith("note: 2 jobs of this sweep are not done; what they have recorded so far is counted\n")
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '{"rows": [1]}', '{"rows": [], "jobs": [{}]}'])
-def test_a_broken_sweep_json_is_refused(sweep, text):
-    (sweep / "sweep.json").write_text(text)
-    with pytest.raises(UsageError, match="sweep.json is not a sweep file"):
-        main(["--input_dir", str(sweep)])
-
-
-def test_runs_of_different_protocols_are_not_averaged(sweep, capsys):
-    make_run(sweep / "short", 0, trial_seed=1, steps=100)
-    make_run(sweep / "long", 1, trial_seed=1, steps=200)
-    assert run(main, ["--input_dir", str(sweep)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: runs of row 'ERM' on PACS differ in steps: 200 in ")
-    assert str(sweep / "short") in err and str(sweep / "long") in err
+def test_many_missing_jobs_do_not_flood(tmp_path, capsys):
+    launched(tmp_path, [{"algorithm": "ERM", "dataset": "PACS", "test_envs": [0], "trial_seed": t} for t in range(10)])
+    collect(tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("missing")]
+    assert len(lines) == 21 and lines[-1] == "missing: and 10 lines more; --json lists them all"
 
 
 def test_nothing_to_collect(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(main, ["--input_dir", str(tmp_path)]) == 2
+    assert collect(tmp_path) == 2
     assert "nothing to collect" in (err := capsys.readouterr().err) and "domainbed_hp.scripts.sweep launch" in err
     assert run(main, []) == 2
     assert "results/quickstart" in capsys.readouterr().err
 
 
-def test_the_collector_imports_nothing_heavy(sweep):
+def test_the_collector_imports_nothing_heavy(four_runs):
     code = (
         "import sys; from domainbed_hp.scripts.collect_results import main; main(sys.argv[1:]); "
-        "heavy = {'torch', 'torchvision', 'scipy', 'matplotlib', 'open_clip'} & set(sys.modules); "
+        "heavy = {'torch', 'torchvision', 'scipy', 'matplotlib', 'open_clip', 'jinja2'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    command = [sys.executable, "-c", code, "--input_dir", str(sweep)]
+    command = [sys.executable, "-c", code, "--input_dir", str(four_runs)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_it_runs_as_a_module(sweep):
+def test_it_runs_as_a_module(four_runs):
     command = [sys.executable, "-m", collect_results.__name__, "--input_dir"]
-    done = subprocess.run([*command, str(sweep)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, (sweep / "results.txt").read_text())
-    failed = subprocess.run([*command, str(sweep / "absent")], capture_output=True, text=True)
+    done = subprocess.run([*command, str(four_runs)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, (four_runs / "results.txt").read_text())
+    failed = subprocess.run([*command, str(four_runs / "absent")], capture_output=True, text=True)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: cannot read") and "Traceback" not in failed.stderr

@@ -388,6 +388,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in ("step_time", "elapsed_s")} for line in lines]
 
 
+@pytest.mark.slow
 def test_results_of_a_shared_process_are_those_of_separate_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,20 +1,11 @@
 import math
-from itertools import combinations
 
 import numpy as np
 import pytest
+from made_records import frame
+from restated import random_sweep, record, restated
 
 from domainbed_hp.model_selection import METHODS, IIDAccuracy, LeaveOneOut, Oracle
-from domainbed_hp.records import frame
-
-
-def record(test_envs, step, accs, hparams_seed=0, trial_seed=0, dataset="PACS", algorithm="ERM", label=None):
-    """`accs`: (in, out) of each environment."""
-    args = {"algorithm": algorithm, "dataset": dataset, "label": label, "test_envs": test_envs}
-    result = {"args": {**args, "trial_seed": trial_seed, "hparams_seed": hparams_seed}, "step": step}
-    for i, (inside, out) in enumerate(accs):
-        result |= {f"env{i}_in_acc": inside, f"env{i}_out_acc": out}
-    return result
 
 
 def selected(method, records):
@@ -92,72 +83,6 @@ def test_nan_loses():
         record([0], 0, [(0.3, 0.0), (0.0, math.nan)], hparams_seed=10),
     ]
     assert selected(IIDAccuracy, records) == {ONE: (9, 10, 0.1, 0.2)}
-
-
-# The rules once more, from DomainBed's description and over lists of records, to hold the DataFrame against.
-def restated(name, records):
-    def envs(r):
-        return sum(key.endswith("_out_acc") for key in r)
-
-    def run_acc(run, t):
-        single = [r for r in run if r["args"]["test_envs"] == [t]]
-        scored = []
-        for r in single:
-            if name == "iid":
-                outs = [r[f"env{i}_out_acc"] for i in range(envs(r)) if i != t]
-                scored.append((sum(outs) / len(outs), r))
-            elif name == "oracle":
-                if r["step"] == max(s["step"] for s in single):
-                    scored.append((r[f"env{t}_out_acc"], r))
-            else:
-                partners = {}
-                for pair in run:
-                    if len(pair["args"]["test_envs"]) == 2 and pair["step"] == r["step"]:
-                        (v,) = set(pair["args"]["test_envs"]) - {t}
-                        partners[v] = pair[f"env{v}_in_acc"]
-                if set(partners) == set(range(envs(r))) - {t}:
-                    scored.append((sum(partners.values()) / len(partners), r))
-        best = None
-        for value, r in sorted(scored, key=lambda pair: pair[1]["step"]):
-            value = -math.inf if math.isnan(value) else value
-            if best is None or value > best[0]:
-                best = value, r["args"]["hparams_seed"], r["step"], r[f"env{t}_in_acc"]
-        return best
-
-    runs = {}
-    for r in records:
-        args = r["args"]
-        for t in args["test_envs"]:
-            key = (args["label"] or args["algorithm"], args["dataset"], args["trial_seed"], t)
-            runs.setdefault(key, {}).setdefault(args["hparams_seed"], []).append(r)
-    result = {}
-    for key, by_seed in runs.items():
-        found = [best for run in by_seed.values() if (best := run_acc(run, key[3])) is not None]
-        if found:
-            result[key] = max(found, key=lambda best: best[:2])[1:]
-    return result
-
-
-def random_sweep(rng):
-    """Accuracies in quarters, so that ties abound; some runs and records missing, some accuracies NaN."""
-    records = []
-    for algorithm, label in [("ERM", None), ("LoRA", None), ("LoRA", "LoRA, rank 8")]:
-        for dataset, num_envs in [("PACS", 4), ("Debug28", 3)]:
-            test_envs = [[i] for i in range(num_envs)] + [list(p)[::-1] for p in combinations(range(num_envs), 2)]
-            for trial_seed in range(2):
-                for hparams_seed in range(3):
-                    for envs in test_envs:
-                        if rng.random() < 0.05:
-                            continue
-                        for step in (0, 10, 20):
-                            accs = rng.integers(0, 5, (num_envs, 2)) / 4
-                            accs[rng.random(accs.shape) < 0.01] = math.nan
-                            run = {"hparams_seed": hparams_seed, "trial_seed": trial_seed, "dataset": dataset}
-                            if rng.random() > 0.03:
-                                records.append(
-                                    record(envs, step, accs.tolist(), algorithm=algorithm, label=label, **run)
-                                )
-    return records
 
 
 NAMES = ["iid", "leave_one_out", "oracle"]

@@ -26,6 +26,7 @@ def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *argv[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_a_baseline_of_ones_own_lands_in_the_table(tmp_path: Path) -> None:
     (code,) = (b for b in blocks("python") if "LinearProbe" in b)
     (commands,) = (b for b in blocks("sh") if "--import my_method" in b)

@@ -241,9 +241,8 @@ def crash() -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "how", "step"),
-    [(name, how, step) for name, steps in (("HeadPurification", (3, 5)), ("LoRA", (0, 6))) for step in steps
-     for how in (terminate, crash)],
-)  # fmt: skip
+    [("HeadPurification", terminate, 3), ("HeadPurification", crash, 5), ("LoRA", crash, 0), ("LoRA", terminate, 6)],
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, how: Callable[[], object], step: int
 ) -> None:

@@ -1,71 +1,138 @@
 """Print the tables of a sweep: a table per dataset and one of averages, under each of DomainBed's selection methods.
 
-What the tables cannot show (missing trials, broken lines) goes to stderr; stdout is what DomainBed's collector prints.
+Without a flag for another format stdout is what DomainBed's collector prints. What the tables cannot show (missing
+jobs, broken lines, rows told apart) goes to stderr.
 """
 
 import argparse
 import json
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from domainbed_hp import model_selection, records, tables
 from domainbed_hp.registry import UsageError
+from domainbed_hp.reports import collected, latex, plain, published, report, tables
+from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports.missing import describe, launchable
+from domainbed_hp.reports.report import Report
 from domainbed_hp.scripts import run
 
+if TYPE_CHECKING:
+    from domainbed_hp.reports.compare import Comparison
 
-def read_plan(input_dir: Path) -> tuple[list[str], dict[str, set[int]], int]:
-    """Of sweep.json, if `sweep launch` wrote one: rows in order, dataset -> trial seeds, number of unfinished jobs."""
-    path = input_dir / "sweep.json"
-    if not path.exists():
-        return [], {}, 0
-    try:
-        plan = json.loads(path.read_text())
-        rows = [records.row_label(row) for row in plan.get("rows", [])]
-        jobs = plan.get("jobs", [])
-        trials: dict[str, set[int]] = {}
-        for job in jobs:
-            trials.setdefault(job["args"]["dataset"], set()).add(job["args"]["trial_seed"])
-        return rows, trials, sum(not (input_dir / job["folder"] / "done").exists() for job in jobs)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a sweep file ({error!r}); delete it and launch again") from error
+FORMATS: dict[str, tuple[str, Callable[[Report], str], str]] = {
+    "text": ("results.txt", plain.to_text, "DomainBed's layout (the default)"),
+    "latex": ("results.tex", latex.to_latex, "a LaTeX document"),
+    "latex_fragment": ("results_fragment.tex", latex.to_fragment, "LaTeX for \\input"),
+    "markdown": ("results.md", plain.to_markdown, "Markdown"),
+    "csv": ("results.csv", plain.to_csv, "one line per cell, unrounded"),
+    "json": ("results.json", plain.to_json, "all that is known"),
+}
+"""Flag -> file in --input_dir, format, help."""
+PROVENANCE = "provenance.json"
+SHOWN = 20
+"""Lines of missing jobs on stderr."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.collect_results", description=__doc__)
+    p.add_argument("--input_dir", type=Path, default=Path("results/quickstart"), help="default: %(default)s")
+    formats = p.add_mutually_exclusive_group()
+    for name, (file, _, text) in FORMATS.items():
+        formats.add_argument(
+            f"--{name}", dest="format", action="store_const", const=name, default="text", help=f"{text}; also {file}"
+        )
+    p.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with tables, figures and what is missing, too"
+    )
+    p.add_argument("--columns", nargs="+", choices=list(tables.COSTS), default=[], help="what a row costs")
+    p.add_argument("--with_published", action="store_true", help="numbers of papers, set apart")
+    p.add_argument(
+        "--compare", nargs=2, metavar="ROW", help="the first row minus the second, paired, in place of tables"
+    )
+    p.add_argument("--missing", type=Path, metavar="FILE", help="write the missing jobs for `sweep launch --jobs FILE`")
+    p.add_argument("--strict", action="store_true", help="an error where a cell lacks a job or a line is broken")
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.collect_results", description=__doc__)
-    parser.add_argument("--input_dir", type=Path, default=Path("results/quickstart"), help="default: %(default)s")
-    parser.add_argument("--latex", action="store_true", help="a LaTeX document in place of text")
-    args = parser.parse_args(argv)
-
-    with warnings.catch_warnings(record=True) as torn:
-        warnings.simplefilter("always")
-        found = records.load(args.input_dir)
-    notes = [str(warning.message) for warning in torn]
-    if not found:
+    args = parser().parse_args(argv)
+    found = collected.load(args.input_dir)
+    if not found.runs:
+        raise nothing(args.input_dir)
+    made = report.make(found, args.columns)
+    if args.with_published:
+        made.published = published.beside(tables.environments(found.frame))
+    if args.missing:
+        write(args.missing, json.dumps(launchable(made.missing), indent=1) + "\n")
+    tell(made, args.missing)
+    if args.strict and (made.missing or found.notes):
         raise UsageError(
-            f"nothing to collect: no results.jsonl with a record under {args.input_dir}. Launch a sweep first "
-            "(python -m domainbed_hp.scripts.sweep launch; --help lists its flags) or name its folder with --input_dir"
+            f"--strict: {len(made.missing)} jobs are missing and {len(found.notes)} notes are above; "
+            "nothing is printed. --missing FILE writes the jobs for `sweep launch --jobs FILE`"
         )
-    frame = records.frame(found)
-    records.check_protocol(found)
 
-    rows, trials, unfinished = read_plan(args.input_dir)
-    built = [table for method in model_selection.METHODS for table in tables.build(frame, method, rows)]
-    notes += tables.gaps(built, frame, trials)
-    if unfinished:
-        notes.append(f"{unfinished} jobs of this sweep are not done; what they have recorded so far is counted")
-    text = (tables.to_latex if args.latex else tables.to_text)(built, len(found))
-    print(text, end="")
+    comparisons = []
+    if args.compare:
+        from domainbed_hp.reports.compare import compare  # scipy takes a second
 
-    path = args.input_dir / ("results.tex" if args.latex else "results.txt")
+        comparisons = compare(found.frame, *args.compare)
+        print("\n\n".join(comparison.text() for comparison in comparisons))
+    else:
+        file, to, _ = FORMATS[args.format]
+        text = to(made)
+        print(text, end="")
+        keep(args.input_dir / file, text)
+        keep(args.input_dir / PROVENANCE, json.dumps(made.provenance, indent=1) + "\n")
+    if args.html:
+        write(args.html, page(made, found, str(args.input_dir), comparisons))
+        print(f"page: {args.html}", file=sys.stderr)
+    return 0
+
+
+def nothing(input_dir: Path) -> UsageError:
+    return UsageError(
+        f"nothing to collect: no results.jsonl with a record under {input_dir}. Launch a sweep first "
+        "(python -m domainbed_hp.scripts.sweep launch; --help lists its flags) or name its folder with --input_dir"
+    )
+
+
+def tell(made: Report, written: Path | None) -> None:
+    """What the tables do not show, on stderr."""
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    lines = describe(made.missing)
+    for line in lines[:SHOWN]:
+        print(f"missing: {line}", file=sys.stderr)
+    if lines[SHOWN:]:
+        print(f"missing: and {len(lines) - SHOWN} lines more; --json lists them all", file=sys.stderr)
+    if lines and written:
+        print(f"To complete the tables: python -m domainbed_hp.scripts.sweep launch --jobs {written}", file=sys.stderr)
+
+
+def page(made: Report, found: Collected, title: str, comparisons: Sequence["Comparison"]) -> str:
+    from domainbed_hp.model_selection import IIDAccuracy
+    from domainbed_hp.reports.figures import all_figures  # matplotlib takes a second
+    from domainbed_hp.reports.page import to_html
+
+    shown = [table for table in made.tables if table.method is IIDAccuracy]
+    return to_html(made, found, title, all_figures(found, shown), comparisons)
+
+
+def write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        notes.append(f"{path} is not written: {error.strerror}")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return 0
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def keep(path: Path, text: str) -> None:
+    """Leave beside the runs what is printed; a folder that cannot be written to is no reason to stop."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        print(f"note: {path} is not written: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

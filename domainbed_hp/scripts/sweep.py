@@ -16,7 +16,8 @@ from domainbed_hp.progress import Progress, estimate
 from domainbed_hp.registry import UsageError
 from domainbed_hp.runs import EXIT_TAKEN, State, Taken
 from domainbed_hp.scripts import run
-from domainbed_hp.settings import spec_from
+from domainbed_hp.scripts.train import parser as train_parser
+from domainbed_hp.settings import read_jobs, spec_from
 from domainbed_hp.sweep import CHOICES, SweepSpec, check_data, described, launcher_of, make_jobs, resolve_rows
 
 EPILOG = """\
@@ -28,7 +29,7 @@ number of launchers may work on one sweep, on machines that share its folder.
 which jobs are meant. A sweep file (TOML) holds the same settings; sweeps/*.toml are examples.
 """
 COMMAND = ("python", "-m", "domainbed_hp.scripts.sweep")
-ONLY = {"retry_failed": "launch", "dry_run": "launch", "json": "status"}
+ONLY = {"retry_failed": "launch", "dry_run": "launch", "jobs": "launch", "json": "status"}
 """Flags that one command alone knows."""
 NOT_SETTINGS = ("command", "config", "seed", "skip_confirmation", "list", *ONLY)
 
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("command", choices=["launch", "status", "delete_incomplete"])
     p.add_argument("--config", help="sweep file; flags given beside it override it")
+    p.add_argument("--jobs", metavar="FILE", help="launch: the jobs of a file by `collect_results --missing`")
     p.add_argument("--datasets", nargs="+", help="default: all but the Debug ones; folder:PATH is one of your own")
     p.add_argument(
         "--algorithms", nargs="+", help="rows with default hparams; beside --config: the file's rows of these"
@@ -110,11 +112,14 @@ def show(progress: Progress, list_all: bool) -> None:
     print(progress.summary())
 
 
-def launch(spec: SweepSpec, args: argparse.Namespace, again: str) -> int:
-    """Check everything, then start what is not done; 1 if something failed. `again` is the command itself."""
+def launch(spec: SweepSpec, args: argparse.Namespace, again: str, given: Sequence[Job] = ()) -> int:
+    """Check everything, then start what is not done; 1 if something failed. `again` is the command itself.
+
+    The jobs are those of `spec`, unless they are `given`.
+    """
     launcher = launcher_of(spec)
     rows = resolve_rows(spec)
-    jobs = make_jobs(spec, rows)
+    jobs = list(given) or make_jobs(spec, rows)
     check_data(spec, rows)
     before = Progress.of(jobs)
     # DEVIATION: DomainBed's incomplete jobs have to be deleted first.
@@ -220,6 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) and args.command != owner:
             raise UsageError(f"--{name} is a flag of `{owner}`, not of `{args.command}`")
     flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS and value is not None}
+    if args.jobs:
+        if args.config:
+            raise UsageError("--config with --jobs: either says what to launch; give one")
+        spec, jobs = read_jobs(args.jobs, flags)
+        known = ["import", *vars(train_parser().parse_args([]))]
+        if strange := [name for job in jobs for name in job.args if name not in known]:
+            raise registry.unknown(f"argument of train in {args.jobs}:", strange[0], known)
+        return launch(spec, args, shlex.join([*COMMAND, *argv]), jobs)
     if args.command == "launch":
         spec = spec_from(args.config, flags)
         args.skip_confirmation |= not (args.config or flags) or spec.launcher == "dummy"  # the quickstart asks nothing

@@ -1,0 +1,309 @@
+"""A folder of runs as one table of numbers, and what is known of the runs; runs of two protocols never share a row.
+
+Records are read one by one and only their numbers stay, 8 bytes each: a sweep of a million records fits on a laptop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pandas as pd
+
+from domainbed_hp.jobs import SWEEP_FILE, Job, load_sweep
+from domainbed_hp.records import FILE_NAME, Record
+from domainbed_hp.registry import UsageError
+from domainbed_hp.runs import DONE
+
+PROTOCOL = (
+    "algorithm",
+    "steps",
+    "holdout_fraction",
+    "uda_holdout_fraction",
+    "eval_images",
+    "task",
+    "precision",
+    "loader",
+)
+"""Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table."""
+IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
+"""Arguments that say where in a table the records of a run belong."""
+WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
+"""Hparams that say which pretrained weights a run started from."""
+
+
+@dataclass
+class Run:
+    """What the records of one run share."""
+
+    folder: str
+    args: dict[str, Any]
+    hparams: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    row: str = ""
+    """The row of the tables that it belongs to."""
+
+    @property
+    def label(self) -> str:
+        return str(self.args.get("label") or self.args["algorithm"])
+
+
+@dataclass
+class Planned:
+    """A job that a sweep lists, and the row that it belongs to."""
+
+    job: Job
+    done: bool
+    row: str = ""
+
+
+@dataclass
+class Collected:
+    """Everything under a folder.
+
+    `frame` has one line per record: run (index into `runs`), row, algorithm, dataset, test_envs (tuple), both seeds,
+    step, num_envs, and every number that the record has, NaN where it has none. `num_envs` counts `env{i}_out_acc`
+    from 0 until one is missing, as DomainBed does.
+    """
+
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
+    runs: list[Run] = field(default_factory=list)
+    planned: list[Planned] = field(default_factory=list)
+    sweeps: list[dict[str, Any]] = field(default_factory=list)
+    """What each sweep.json says besides its jobs."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, or needs an eye."""
+
+    @property
+    def row_plan(self) -> list[str]:
+        """Labels of rows in the order of the sweeps that planned them."""
+        return list(dict.fromkeys(str(row["label"]) for sweep in self.sweeps for row in sweep["rows"]))
+
+
+def load(input_dir: str | Path) -> Collected:
+    """All runs under a folder, in sorted order.
+
+    Raises:
+        UsageError: not a folder, something in it cannot be read, or a record lacks what model selection needs.
+    """
+    collected = Collected()
+
+    def found() -> Iterator[tuple[str, Record]]:
+        for folder, files in walk(input_dir):
+            if SWEEP_FILE in files:
+                sweep, jobs = load_sweep(Path(folder))
+                for job in jobs:
+                    check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
+                collected.sweeps.append(sweep)
+                collected.planned.extend(Planned(job, (job.folder / DONE).exists()) for job in jobs)
+            if FILE_NAME in files:
+                for record in read(os.path.join(folder, FILE_NAME), collected.notes):
+                    yield folder, record
+
+    return collect(found(), collected)
+
+
+def walk(input_dir: str | Path) -> Iterator[tuple[str, set[str]]]:
+    """(folder, its file names), sorted; also through links, each real folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}; expected a folder of runs") from error
+
+    seen: set[tuple[int, int]] = set()
+    # DEVIATION: DomainBed looks one level deep and finds nothing in nested sweeps.
+    for folder, subfolders, files in os.walk(input_dir, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (real := (status.st_dev, status.st_ino)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield folder, set(files)
+
+
+def read(path: str, notes: list[str]) -> Iterator[Record]:
+    """The records of a results.jsonl; torn lines, no lines at all and NaN are told in `notes`."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if lines == [b""]:
+        notes.append(f"{path} is empty")
+    nan = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
+            try:
+                record = json.loads(line)
+                nan += 1
+            except ValueError:
+                record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
+    if nan:
+        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN is never selected")
+
+
+def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = None) -> Collected:
+    """(folder, record) pairs as one table; consecutive records of one folder and the same arguments are a run.
+
+    What is `collected` already, also while `found` is read, tells rows apart with them.
+    """
+    collected = collected or Collected()
+    runs = collected.runs
+    run_of = array("q")
+    layouts: dict[tuple[str, ...], Layout] = {}
+    args: dict[str, Any] | None = None
+    folder_of: str | None = None
+    layout: Layout | None = None
+    for folder, record in found:
+        new_run = args is None or folder != folder_of or record.get("args") != args
+        if new_run:
+            args, folder_of = record.get("args") or {}, folder
+            check_args(args, f"a record of {folder}")
+            told = record.get("hparams", {}), record.get("versions", {}), record.get("image_size")
+            runs.append(Run(folder, args, *told))
+        before, keys = layout, tuple(record)
+        layout = layouts.get(keys)
+        if new_run or layout is not before or layout is None:
+            needed = ["step", *(f"env{i}_{split}_acc" for i in runs[-1].args["test_envs"] for split in ("in", "out"))]
+            if missing := [key for key in needed if key not in record]:
+                raise lacking(f"a record of {folder}", missing)
+        if layout is None:
+            layout = layouts[keys] = Layout(record)
+        layout.add(record, len(run_of))
+        run_of.append(len(runs) - 1)
+    frame = pd.DataFrame({"run": np.array(run_of, dtype=int), **columns(len(run_of), layouts.values())})
+    for name in IDENTIFYING:
+        values = np.empty(len(runs), dtype=object)
+        values[:] = [tuple(run.args[name]) if name == "test_envs" else run.args[name] for run in runs]
+        each = pd.Series(values[frame["run"]], dtype=object)  # object: quicker to iterate than pandas' strings
+        frame[name] = each.astype(int) if name.endswith("_seed") else each
+    collected.frame = frame
+    return tell_apart(collected)
+
+
+class Layout:
+    """The numbers of records that have the same keys."""
+
+    def __init__(self, record: Record) -> None:
+        self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
+        self.take = itemgetter(*self.names)
+        self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
+        self.numbers, self.places = array("d"), array("q")
+
+    def add(self, record: Record, place: int) -> None:
+        values = list(self.take(record))
+        try:
+            self.numbers.fromlist(values)  # all or none
+        except TypeError:
+            self.numbers.fromlist([value if type(value) in (float, int) else math.nan for value in values])
+        self.places.append(place)
+
+
+def columns(length: int, layouts: Iterable[Layout]) -> dict[str, np.ndarray]:
+    """`num_envs`, `step`, and every other number; NaN where a record has none."""
+    found = {"num_envs": np.zeros(length, dtype=int), "step": np.zeros(length, dtype=int)}
+    for layout in layouts:
+        places = np.array(layout.places)
+        found["num_envs"][places] = layout.num_envs
+        values = np.array(layout.numbers).reshape(len(places), -1)
+        for name, column in zip(layout.names, values.T, strict=True):
+            found.setdefault(name, np.full(length, math.nan))[places] = column
+    return found
+
+
+def check_args(args: Mapping[str, Any], whose: str) -> None:
+    if missing := [key for key in IDENTIFYING if key not in args]:
+        raise lacking(whose, [f"args.{key}" for key in missing])
+
+
+def lacking(whose: str, missing: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"{whose} has no {', '.join(missing)}; a record needs args.algorithm, args.dataset, args.test_envs, "
+        "args.trial_seed, args.hparams_seed, step, env{i}_out_acc of every environment i and env{t}_in_acc of every "
+        "test environment t"
+    )
+
+
+def tell_apart(collected: Collected) -> Collected:
+    """Give runs and planned jobs their rows: their label, and behind it in what their protocol differs from others'."""
+    # DEVIATION: DomainBed merges whatever shares (dataset, algorithm, test_envs, seeds), without a word.
+    groups: dict[tuple[str, str], list[Run | Planned]] = defaultdict(list)
+    for run in collected.runs:
+        groups[run.label, run.args["dataset"]].append(run)
+    for plan in collected.planned:
+        groups[plan.job.row, plan.job.args["dataset"]].append(plan)
+    for (label, dataset), members in groups.items():
+        protocols = compared(members)
+        wrote: dict[str, set[str]] = defaultdict(set)
+        for values in protocols:
+            for name, value in values.items():
+                wrote[name].add(value)
+        differing = [name for name, values in wrote.items() if len(values) > 1]
+        for member, values in zip(members, protocols, strict=True):
+            told = ", ".join(f"{name}={values.get(name, 'unknown')}" for name in differing)
+            member.row = f"{label} ({told})" if told else label
+        if differing:
+            runs = Counter(member.row for member in members if isinstance(member, Run))
+            told = ", ".join(f"{row!r} ({number} runs)" for row, number in runs.items())
+            what = ", ".join(differing)
+            collected.notes.append(f"runs of {label!r} on {dataset} differ in {what} and are rows of their own: {told}")
+    rows = np.array([run.row for run in collected.runs], dtype=object)
+    collected.frame["row"] = pd.Series(rows[collected.frame["run"]], dtype=object)
+    return collected
+
+
+def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
+    """The protocol of each: what must be equal in one row, in words. Only what both of two wrote is compared."""
+    args_of = [member.args if isinstance(member, Run) else member.job.args for member in members]
+    overrides_of = [overrides(args) for args in args_of]
+    names = dict.fromkeys(name for each in overrides_of for name in each or ())
+    found = []
+    for member, args, own in zip(members, args_of, overrides_of, strict=True):
+        values = {name: args[name] for name in PROTOCOL if name in args}
+        if own is not None:
+            values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
+        if isinstance(member, Run):
+            values |= {name: member.hparams[name] for name in WEIGHTS if name in member.hparams}
+            values |= {} if member.image_size is None else {"image_size": member.image_size}
+        found.append({name: words(value) for name, value in values.items()})
+    return found
+
+
+def overrides(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `--hparams` of a run sets, however it was typed; None where its arguments do not say."""
+    if "hparams" not in args:
+        return None
+    try:
+        found = json.loads(args["hparams"] or "{}")
+    except (TypeError, ValueError):
+        found = args["hparams"]
+    return found if isinstance(found, dict) else {"hparams": found}
+
+
+def words(value: object) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "default"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -1,0 +1,67 @@
+"""All that the formats show: tables, what they lack, and where their numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from domainbed_hp.model_selection import METHODS, SelectionMethod
+from domainbed_hp.reports import tables
+from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports.missing import Missing, describe, find_missing
+from domainbed_hp.reports.published import PublishedTable
+from domainbed_hp.reports.tables import Table
+
+
+@dataclass
+class Report:
+    """Tables of one collection of runs under every selection method, the same method's together."""
+
+    tables: list[Table]
+    num_records: int
+    missing: list[Missing] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What the tables do not tell."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    published: list[PublishedTable] = field(default_factory=list)
+
+    def by_method(self) -> Iterator[tuple[SelectionMethod, list[Table]]]:
+        for _, group in groupby(self.tables, key=lambda table: table.method.name):
+            each = list(group)
+            yield each[0].method, each
+
+    def lacking(self, table: Table) -> list[str]:
+        """The jobs that would complete the marked cells of a table, in words."""
+        return describe(
+            each
+            for each in self.missing
+            if table.dataset in (None, each.dataset)
+            and any(each.completes(each.row, each.dataset, env, table.method) for env in each.test_envs)
+        )
+
+
+def make(collected: Collected, cost_names: Sequence[str] = ()) -> Report:
+    """The report of what was collected."""
+    missing = find_missing(collected)
+    built = [t for method in METHODS for t in tables.build(collected, method, missing, cost_names)]
+    notes = collected.notes + tables.no_runs(built, collected.frame)
+    started = sum(not planned.done and planned.job.folder.exists() for planned in collected.planned)
+    if started:
+        notes.append(f"{started} jobs are not done; what they have recorded so far is counted")
+    return Report(built, len(collected.frame), missing, notes, provenance(collected))
+
+
+def provenance(collected: Collected) -> dict[str, Any]:
+    """Where the numbers come from: what was launched, and what it ran on."""
+    seen: dict[str, set[str]] = {}
+    for run in collected.runs:
+        for name, value in run.versions.items():
+            seen.setdefault(name, set()).add(str(value))
+    return {
+        "records": len(collected.frame),
+        "runs": len(collected.runs),
+        "versions": {name: sorted(values) for name, values in sorted(seen.items())},
+        "sweeps": collected.sweeps,
+    }

@@ -1,0 +1,91 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from made_records import frame, record
+
+from domainbed_hp.registry import UsageError
+from domainbed_hp.reports.compare import compare
+
+
+def paired(gains, dataset="PACS"):
+    """Records of LoRA and ERM: `gains[env][trial]` is what LoRA has more."""
+    records = []
+    for env, of_env in enumerate(gains):
+        for trial, gain in enumerate(of_env):
+            base = 0.5 + 0.01 * env - 0.02 * trial
+            records += [record(env, base, trial, algorithm="ERM", dataset=dataset)]
+            records += [record(env, base + float(gain), trial, algorithm="LoRA", dataset=dataset)]
+    return records
+
+
+def first(records, a="LoRA", b="ERM"):
+    return compare(frame(records), a, b)[0]
+
+
+def test_differences_are_paired_and_averaged_over_environments():
+    found = first(paired([[0.01, 0.03], [0.02, 0.04], [0.0, 0.0], [-0.04, -0.02]]))
+    assert [(d.where, round(d.mean, 9), d.n) for d in found.differences] == [
+        *(("A", 2.0, 2), ("C", 3.0, 2), ("P", 0.0, 2), ("S", -3.0, 2), ("all", 0.5, 8))
+    ]
+
+
+def test_p_is_that_of_all_sign_flips():
+    rng = np.random.default_rng(0)
+    gains = rng.normal(0.02, 0.02, (2, 5))
+    found = first(paired(gains))
+    for i in range(2):
+        flips = np.array(list(product((-1, 1), repeat=5))) * gains[i]
+        upper = (flips.mean(1) >= gains[i].mean() - 1e-12).mean()
+        lower = (flips.mean(1) <= gains[i].mean() + 1e-12).mean()
+        assert found.differences[i].p == pytest.approx(min(1, 2 * min(upper, lower)))
+
+
+def test_the_interval_is_around_the_mean_and_narrows_with_trials():
+    rng = np.random.default_rng(0)
+    few, many = (first(paired(rng.normal(0.03, 0.02, (2, n)))).differences[-1] for n in (4, 40))
+    for d in (few, many):
+        assert d.low < d.mean < d.high
+    assert many.high - many.low < 0.6 * (few.high - few.low)
+    # 95 % of the normal approximation: 2 * 1.96 * 2 points / sqrt(80)
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 2 / 80**0.5, rel=0.2)
+
+
+def test_equal_rows_do_not_differ():
+    found = first(paired([[0.0] * 6, [0.0] * 6]))
+    assert [(d.mean, d.p, d.low, d.high) for d in found.differences] == [(0, 1, 0, 0)] * 3
+    assert not found.warnings()
+
+
+def test_too_few_pairs_are_a_warning_and_a_single_one_tells_nothing():
+    found = first(paired([[0.01, 0.02, 0.03]] * 2))
+    (warning,) = found.warnings()
+    assert warning.startswith("PACS, A, C: with 3 pairs p cannot fall below 0.25")  # all 6 pairs: 2 / 64
+    single = first(paired([[0.01]]))
+    assert single.differences[0].p is None and "with 1 pair nothing can be told" in single.text()
+
+
+def test_only_pairs_that_both_have_count():
+    records = [
+        r
+        for r in paired([[0.01, 0.05], [0.02, 0.02]])
+        if (r["args"]["trial_seed"], r["args"]["algorithm"]) != (1, "ERM")
+    ]
+    assert [d.n for d in first(records).differences] == [1, 1, 2]
+
+
+def test_text_shows_every_environment():
+    text = first(paired([[0.01] * 6, [0.02] * 6])).text()
+    assert text.startswith("-------- LoRA (a) minus ERM (b), PACS, model selection method: training-domain")
+    assert "+1.0" in text and "+1.0 to +1.0" in text and "0.031" in text and "+1.5" in text
+
+
+def test_rows_that_cannot_be_compared():
+    found = frame(paired([[0.01]]))
+    with pytest.raises(UsageError, match="unknown row 'Lora'. Did you mean 'LoRA'"):
+        compare(found, "Lora", "ERM")
+    with pytest.raises(UsageError, match="with itself"):
+        compare(found, "ERM", "ERM")
+    apart = frame([record(0, 0.5), record(1, 0.5, algorithm="LoRA")])
+    with pytest.raises(UsageError, match="nothing to pair"):
+        compare(apart, "ERM", "LoRA")

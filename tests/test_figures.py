@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from made_records import Record, collected, record
+from safetensors.numpy import save_file
+
+from domainbed_hp.model_selection import IIDAccuracy
+from domainbed_hp.networks.heads import HeadGate
+from domainbed_hp.reports import figures, tables
+from domainbed_hp.reports.collected import Run
+from domainbed_hp.scripts import plot, run
+
+
+def sweep() -> list[Record]:
+    """Two rows, two trials, four steps; LoRA gets better with every step, ERM worse."""
+    records = []
+    for name, slope in (("LoRA", 0.1), ("ERM", -0.1)):
+        for env in range(4):
+            for trial in range(2):
+                for step in range(4):
+                    numbers = {"step": step, "loss": 1 - 0.1 * step}
+                    numbers |= {f"env{i}_out_acc": 0.5 + slope * step for i in range(4)}
+                    records.append(record(env, 0.6 + slope * step, trial, algorithm=name) | numbers)
+    return records
+
+
+def test_accuracies_are_those_of_the_table():
+    table = tables.build(collected(sweep()), IIDAccuracy)[0]
+    (axis,) = figures.accuracies(table).axes
+    points = [container.lines[0].get_ydata() for container in axis.containers]
+    assert np.allclose(points, [[cell.mean for cell in cells] for cells in table.cells])
+    assert [text.get_text() for text in axis.get_xticklabels()] == [*"ACPS", "Avg"]
+
+
+def test_curves_are_means_by_step():
+    found = collected(sweep())
+    axes = figures.curves(found.frame, "PACS", ["ERM", "LoRA"]).axes
+    assert [axis.get_title() for axis in axes] == ["training loss", "validation accuracy (%)", "target accuracy (%)"]
+    assert np.allclose([line.get_ydata() for line in axes[1].lines], [[50, 40, 30, 20], [50, 60, 70, 80]])
+    assert np.allclose([line.get_ydata() for line in axes[2].lines], [[60, 50, 40, 30], [60, 70, 80, 90]])
+
+
+def test_selection_tells_the_rank_correlation():
+    (axis,) = figures.selection(collected(sweep()).frame, "PACS", ["ERM", "LoRA"]).axes
+    assert axis.get_legend_handles_labels()[1] == ["ERM (rank correlation +1.00)", "LoRA (rank correlation +1.00)"]
+    assert len(axis.collections[0].get_offsets()) == 32
+
+
+def test_rows_differ_in_more_than_colour():
+    look = figures.styles([str(i) for i in range(40)])
+    assert len({(s["color"], s["marker"], s["linestyle"]) for s in look.values()}) == 40
+    assert len({s["marker"] for s in look.values()}) == len(figures.MARKERS)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "hard"])
+def test_learned_gates_are_those_of_the_model(tmp_path, kind):
+    logits = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    names = [f"tower.blocks.{i}.attn.gate.gate_logits" for i in range(12)]
+    save_file(dict(zip(names, logits.numpy(), strict=True)), tmp_path / "model.safetensors")
+    expected = []
+    for line in logits:
+        gate = HeadGate(6, kind, 2).eval()
+        gate.gate_logits.data = line
+        expected.append(gate().detach().numpy())
+    found = figures.learned_gates(Run(str(tmp_path), {}, {"gates": kind, "gate_keep": 2}))
+    assert np.allclose(found, expected, atol=1e-6)
+
+
+def test_no_gates_without_a_model_or_without_gates(tmp_path):
+    assert figures.learned_gates(Run(str(tmp_path), {}, {"gates": "softmax"})) is None
+    save_file({"weight": np.ones(2)}, tmp_path / "model.safetensors")
+    assert figures.learned_gates(Run(str(tmp_path), {}, {"gates": "softmax"})) is None
+    assert figures.learned_gates(Run(str(tmp_path), {}, {})) is None
+
+
+def test_plot_writes_png_and_pdf(tmp_path, capsys):
+    from made_records import write
+
+    for i, one in enumerate(sweep()):
+        write(tmp_path / str(i), one | {"hparams": {"gates": "softmax"}})
+    save_file({"a.gate_logits": np.zeros(4, np.float32)}, tmp_path / "3" / "model.safetensors")
+    assert run(plot.main, ["--input_dir", str(tmp_path)]) == 0
+    names = ["PACS-accuracy", "PACS-curves", "PACS-gates-LoRA-env0", "PACS-selection"]
+    written = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert written == [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4 and err == ""
+
+
+def test_plot_of_nothing(tmp_path, capsys):
+    assert run(plot.main, ["--input_dir", str(tmp_path)]) == 2
+    assert "nothing to collect" in capsys.readouterr().err
+    from made_records import write
+
+    write(tmp_path / "run", record(0, 0.5))
+    assert run(plot.main, ["--input_dir", str(tmp_path), "--selection", "leave_one_out"]) == 2
+    assert "nothing to draw" in capsys.readouterr().err

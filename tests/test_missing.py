@@ -1,0 +1,85 @@
+import json
+from itertools import combinations
+
+import pytest
+from made_records import collected, launched, minimal, record, write
+
+from domainbed_hp.jobs import Job
+from domainbed_hp.model_selection import IIDAccuracy, LeaveOneOut, Oracle
+from domainbed_hp.reports.collected import load
+from domainbed_hp.reports.missing import describe, find_missing, launchable, ranges
+from domainbed_hp.seeds import seed_hash
+
+ARGS = {"algorithm": "ERM", "dataset": "PACS"}
+
+
+def keys(missing):
+    return [(m.row, m.dataset, m.test_envs, m.job.args["trial_seed"], m.job.args["hparams_seed"]) for m in missing]
+
+
+def test_a_trial_that_others_have_is_missed():
+    lora = [record(env, 0.5, trial, algorithm="LoRA") for env in range(4) for trial in range(3)]
+    erm = [record(env, 0.5, trial) for env in range(4) for trial in range(3) if (env, trial) != (2, 1)]
+    assert keys(find_missing(collected(lora + erm))) == [("ERM", "PACS", (2,), 1, 0)]
+    assert find_missing(collected(lora)) == []
+
+
+def test_hparams_seeds_and_environments_of_the_row_are_missed():
+    found = find_missing(collected([record(env, 0.5, hparams_seed=seed) for env, seed in ((0, 0), (0, 1), (1, 1))]))
+    lacking = [((1,), 0), ((2,), 0), ((2,), 1), ((3,), 0), ((3,), 1)]
+    assert [(m.test_envs, m.job.args["hparams_seed"]) for m in found] == lacking
+    assert describe(found) == [
+        "ERM, PACS, test_envs 1, trial 0, hparams_seed 0",
+        "ERM, PACS, test_envs 2, trial 0, hparams_seed 0-1",
+        "ERM, PACS, test_envs 3, trial 0, hparams_seed 0-1",
+    ]
+
+
+def test_who_has_a_pair_misses_the_others():
+    pairs = [minimal(test_envs=list(envs)) for envs in combinations(range(3), 2)]
+    singles = [minimal(test_envs=[i]) for i in range(3)]
+    assert find_missing(collected(singles)) == []
+    (missing,) = find_missing(collected(singles + pairs[1:]))
+    assert missing.test_envs == (0, 1)
+    told = [
+        (env, m) for env in range(3) for m in (IIDAccuracy, LeaveOneOut) if missing.completes("ERM", "PACS", env, m)
+    ]
+    assert told == [(0, LeaveOneOut), (1, LeaveOneOut)]
+
+
+def test_a_single_run_completes_its_cell_under_every_method():
+    (missing,) = find_missing(collected([record(env, 0.5) for env in range(3)]))
+    for method in (IIDAccuracy, LeaveOneOut, Oracle):
+        assert [missing.completes("ERM", "PACS", env, method) for env in range(4)] == [False, False, False, True]
+    assert not missing.completes("LoRA", "PACS", 3, IIDAccuracy)
+    assert not missing.completes("ERM", "VLCS", 3, IIDAccuracy)
+
+
+def test_planned_jobs_are_missed_until_they_are_done(tmp_path):
+    jobs = launched(tmp_path, [{**ARGS, "test_envs": [env], "steps": 7} for env in range(4)])
+    assert find_missing(load(tmp_path)) == []
+    (jobs[1].folder / "done").unlink()
+    (jobs[2].folder / "results.jsonl").unlink()
+    (jobs[2].folder / "done").unlink()
+    assert [missing.job for missing in find_missing(load(tmp_path))] == [jobs[1], jobs[2]]
+
+
+def test_the_job_of_a_trial_that_was_not_planned_is_as_the_sweep_would_make_it(tmp_path):
+    launched(tmp_path / "a", [{**ARGS, "test_envs": [env], "steps": 7} for env in range(4)])
+    write(tmp_path / "b", record(0, 0.5, trial_seed=1, algorithm="LoRA"))
+    found = [missing for missing in find_missing(load(tmp_path)) if missing.row == "ERM"]
+    assert [(m.test_envs, m.job.args["trial_seed"]) for m in found] == [((i,), 1) for i in range(4)]
+    args = {**ARGS, "test_envs": [2], "steps": 7, "holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 1}
+    assert found[2].job == Job.under(tmp_path / "a", {**args, "seed": seed_hash("PACS", "ERM", [2], 0, 1)})
+
+
+def test_launchable_is_json_of_the_arguments(tmp_path):
+    (job, *_) = launched(tmp_path, [{**ARGS, "test_envs": [env]} for env in range(4)])
+    (job.folder / "done").unlink()
+    found = json.loads(json.dumps(launchable(find_missing(load(tmp_path)))))
+    assert found == {"jobs": [{"output_dir": str(tmp_path), "args": job.args}]}
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([5, 0, 1, 7, 8], "0-1, 5, 7-8")])
+def test_ranges(numbers, text):
+    assert ranges(numbers) == text
