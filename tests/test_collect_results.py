@@ -176,6 +176,15 @@ def test_runs_of_different_protocols_are_rows_of_their_own(four_runs, capsys):
     assert "note: runs of 'ERM' on PACS differ in steps and are rows of their own" in err
 
 
+def test_what_the_registry_does_not_know_is_shown_and_said(four_runs, capsys):
+    write(four_runs / "strange", record(0, 0.5, algorithm="Mine", dataset="Ours", num_envs=2))
+    collect(four_runs)
+    out, err = capsys.readouterr()
+    assert "Dataset: Ours" in out and out.count("\nMine ") == 9
+    assert "note: data set 'Ours' is not registered: its environments are numbered\n" in err
+    assert "note: algorithm 'Mine' is not registered: its rows come last\n" in err
+
+
 def test_formats_are_files_too(four_runs, capsys):
     for name, (file, _, _) in collect_results.FORMATS.items():
         assert collect(four_runs, f"--{name}") == 0

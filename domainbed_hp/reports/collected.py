@@ -1,29 +1,26 @@
 """A folder of runs as one table of numbers, and what is known of the runs; runs of two protocols never share a row.
 
-Records are read one by one and only their numbers stay, 8 bytes each: a sweep of a million records fits on a laptop.
+Records are read one by one and only their numbers stay: a sweep of a million records fits on a laptop.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 
 from domainbed_hp.jobs import SWEEP_FILE, Job, load_sweep
 from domainbed_hp.records import FILE_NAME, Record
 from domainbed_hp.registry import UsageError
+from domainbed_hp.reports.reading import Layout, columns, read, walk
 from domainbed_hp.runs import DONE
 
 PROTOCOL = (
@@ -115,53 +112,6 @@ def load(input_dir: str | Path) -> Collected:
     return collect(found(), collected)
 
 
-def walk(input_dir: str | Path) -> Iterator[tuple[str, set[str]]]:
-    """(folder, its file names), sorted; also through links, each real folder once."""
-
-    def refuse(error: OSError) -> None:
-        raise UsageError(f"cannot read {error.filename}: {error.strerror}; expected a folder of runs") from error
-
-    seen: set[tuple[int, int]] = set()
-    # DEVIATION: DomainBed looks one level deep and finds nothing in nested sweeps.
-    for folder, subfolders, files in os.walk(input_dir, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (real := (status.st_dev, status.st_ino)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        yield folder, set(files)
-
-
-def read(path: str, notes: list[str]) -> Iterator[Record]:
-    """The records of a results.jsonl; torn lines, no lines at all and NaN are told in `notes`."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if lines == [b""]:
-        notes.append(f"{path} is empty")
-    nan = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
-            try:
-                record = json.loads(line)
-                nan += 1
-            except ValueError:
-                record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
-    if nan:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN is never selected")
-
-
 def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = None) -> Collected:
     """(folder, record) pairs as one table; consecutive records of one folder and the same arguments are a run.
 
@@ -199,36 +149,6 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
         frame[name] = each.astype(int) if name.endswith("_seed") else each
     collected.frame = frame
     return tell_apart(collected)
-
-
-class Layout:
-    """The numbers of records that have the same keys."""
-
-    def __init__(self, record: Record) -> None:
-        self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
-        self.take = itemgetter(*self.names)
-        self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
-        self.numbers, self.places = array("d"), array("q")
-
-    def add(self, record: Record, place: int) -> None:
-        values = list(self.take(record))
-        try:
-            self.numbers.fromlist(values)  # all or none
-        except TypeError:
-            self.numbers.fromlist([value if type(value) in (float, int) else math.nan for value in values])
-        self.places.append(place)
-
-
-def columns(length: int, layouts: Iterable[Layout]) -> dict[str, np.ndarray]:
-    """`num_envs`, `step`, and every other number; NaN where a record has none."""
-    found = {"num_envs": np.zeros(length, dtype=int), "step": np.zeros(length, dtype=int)}
-    for layout in layouts:
-        places = np.array(layout.places)
-        found["num_envs"][places] = layout.num_envs
-        values = np.array(layout.numbers).reshape(len(places), -1)
-        for name, column in zip(layout.names, values.T, strict=True):
-            found.setdefault(name, np.full(length, math.nan))[places] = column
-    return found
 
 
 def check_args(args: Mapping[str, Any], whose: str) -> None:

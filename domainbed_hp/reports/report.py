@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from domainbed_hp import registry
 from domainbed_hp.model_selection import METHODS, SelectionMethod
 from domainbed_hp.reports import tables
 from domainbed_hp.reports.collected import Collected
@@ -46,11 +47,22 @@ def make(collected: Collected, cost_names: Sequence[str] = ()) -> Report:
     """The report of what was collected."""
     missing = find_missing(collected)
     built = [t for method in METHODS for t in tables.build(collected, method, missing, cost_names)]
-    notes = collected.notes + tables.no_runs(built, collected.frame)
+    notes = collected.notes + unknown(collected) + tables.no_runs(built, collected.frame)
     started = sum(not planned.done and planned.job.folder.exists() for planned in collected.planned)
     if started:
         notes.append(f"{started} jobs are not done; what they have recorded so far is counted")
     return Report(built, len(collected.frame), missing, notes, provenance(collected))
+
+
+def unknown(collected: Collected) -> list[str]:
+    """What the registry does not know, a line each."""
+    datasets, algorithms = (
+        sorted(set(collected.frame[name]) - set(known))
+        for name, known in (("dataset", registry.DATASETS), ("algorithm", registry.ALGORITHMS))
+    )
+    return [f"data set {name!r} is not registered: its environments are numbered" for name in datasets] + [
+        f"algorithm {name!r} is not registered: its rows come last" for name in algorithms
+    ]
 
 
 def provenance(collected: Collected) -> dict[str, Any]:
