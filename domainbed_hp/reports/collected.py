@@ -23,17 +23,18 @@ from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.reading import Layout, columns, read, walk
 from domainbed_hp.runs import DONE
 
-PROTOCOL = (
-    "algorithm",
-    "steps",
-    "holdout_fraction",
-    "uda_holdout_fraction",
-    "eval_images",
-    "task",
-    "precision",
-    "loader",
-)
-"""Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table."""
+PROTOCOL = {
+    "algorithm": None,
+    "steps": None,
+    "holdout_fraction": 0.2,
+    "uda_holdout_fraction": 0.0,
+    "eval_images": None,
+    "task": "domain_generalization",
+    "precision": "fp32",
+    "loader": "batched",
+}
+"""Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table; and what
+`train` takes for those that a sweep leaves out."""
 IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
 """Arguments that say where in a table the records of a run belong."""
 WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
@@ -47,7 +48,8 @@ class Run:
     folder: str
     args: dict[str, Any]
     hparams: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    """One after the other, where it was resumed under others."""
     image_size: int | None = None
     row: str = ""
     """The row of the tables that it belongs to."""
@@ -98,7 +100,7 @@ def load(input_dir: str | Path) -> Collected:
     collected = Collected()
 
     def found() -> Iterator[tuple[str, Record]]:
-        for folder, files in walk(input_dir):
+        for folder, files in walk(Path(input_dir)):
             if SWEEP_FILE in files:
                 sweep, jobs = load_sweep(Path(folder))
                 for job in jobs:
@@ -129,8 +131,9 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
         if new_run:
             args, folder_of = record.get("args") or {}, folder
             check_args(args, f"a record of {folder}")
-            told = record.get("hparams", {}), record.get("versions", {}), record.get("image_size")
-            runs.append(Run(folder, args, *told))
+            runs.append(Run(folder, args, record.get("hparams", {}), [], record.get("image_size")))
+        if "versions" in record and record["versions"] not in runs[-1].versions[-1:]:
+            runs[-1].versions.append(record["versions"])
         before, keys = layout, tuple(record)
         layout = layouts.get(keys)
         if new_run or layout is not before or layout is None:
@@ -182,19 +185,53 @@ def tell_apart(collected: Collected) -> Collected:
         for member, values in zip(members, protocols, strict=True):
             told = ", ".join(f"{name}={values.get(name, 'unknown')}" for name in differing)
             member.row = f"{label} ({told})" if told else label
+        match_plans(members, protocols)
         if differing:
             runs = Counter(member.row for member in members if isinstance(member, Run))
             told = ", ".join(f"{row!r} ({number} runs)" for row, number in runs.items())
             what = ", ".join(differing)
             collected.notes.append(f"runs of {label!r} on {dataset} differ in {what} and are rows of their own: {told}")
+    collected.notes += twice(collected)
     rows = np.array([run.row for run in collected.runs], dtype=object)
     collected.frame["row"] = pd.Series(rows[collected.frame["run"]], dtype=object)
     return collected
 
 
+def twice(collected: Collected) -> list[str]:
+    """Records that would count twice, a line for each pair of folders; leave-one-out leaves such steps out."""
+    runs_of: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, run in enumerate(collected.runs):
+        seeds = run.args["trial_seed"], run.args["hparams_seed"]
+        runs_of[run.row, run.args["dataset"], *seeds, tuple(sorted(run.args["test_envs"]))].append(i)
+    repeats = collected.frame.duplicated(["run", "step"]) if collected.runs else pd.Series(dtype=bool)
+    torn = set(collected.frame.loc[repeats, "run"]) if repeats.any() else set()
+    lines = []
+    for same in runs_of.values():
+        if len(same) > 1 or same[0] in torn:
+            here = collected.frame[collected.frame["run"].isin(same)]
+            folders = dict.fromkeys(collected.runs[i].folder for i in same)
+            if here.duplicated("step").any():
+                lines.append(f"the same run twice, and counted twice: {' and '.join(folders)}")
+    return lines
+
+
+def match_plans(members: Sequence[Run | Planned], protocols: Sequence[Mapping[str, str]]) -> None:
+    """Give a planned job the row of its own run, or else of the only runs that it does not contradict."""
+    runs = [(m, values) for m, values in zip(members, protocols, strict=True) if isinstance(m, Run)]
+    by_folder = {run.folder: run.row for run, _ in runs}
+    kinds = {run.row: values for run, values in runs}
+    for plan, values in zip(members, protocols, strict=True):
+        if isinstance(plan, Planned):
+            fits = [
+                row for row, of in kinds.items() if all(of.get(name, value) == value for name, value in values.items())
+            ]
+            plan.row = by_folder.get(str(plan.job.folder), fits[0] if len(fits) == 1 else plan.row)
+
+
 def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
     """The protocol of each: what must be equal in one row, in words. Only what both of two wrote is compared."""
-    args_of = [member.args if isinstance(member, Run) else member.job.args for member in members]
+    defaults = {**PROTOCOL, "hparams": None}
+    args_of = [member.args if isinstance(member, Run) else defaults | member.job.args for member in members]
     overrides_of = [overrides(args) for args in args_of]
     names = dict.fromkeys(name for each in overrides_of for name in each or ())
     found = []
@@ -203,7 +240,7 @@ def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
         if own is not None:
             values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
         if isinstance(member, Run):
-            values |= {name: member.hparams[name] for name in WEIGHTS if name in member.hparams}
+            values |= {name: member.hparams.get(name, "none") for name in WEIGHTS if member.hparams}
             values |= {} if member.image_size is None else {"image_size": member.image_size}
         found.append({name: words(value) for name, value in values.items()})
     return found

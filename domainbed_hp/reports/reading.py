@@ -18,7 +18,7 @@ from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
 
 
-def walk(input_dir: str | Path) -> Iterator[tuple[str, set[str]]]:
+def walk(input_dir: Path) -> Iterator[tuple[str, set[str]]]:
     """(folder, its file names), sorted; also through links, each real folder once."""
 
     def refuse(error: OSError) -> None:
@@ -43,7 +43,7 @@ def read(path: str, notes: list[str]) -> Iterator[Record]:
             lines = file.read().split(b"\n")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if lines == [b""]:
+    if not any(map(bytes.strip, lines)):
         notes.append(f"{path} is empty")
     nan = 0
     for number, line in enumerate(lines, start=1):
@@ -62,7 +62,7 @@ def read(path: str, notes: list[str]) -> Iterator[Record]:
         else:
             notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
     if nan:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN is never selected")
+        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN loses to any other")
 
 
 class Layout:
