@@ -5,6 +5,7 @@ Records are read one by one and only their numbers stay: a sweep of a million re
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from array import array
@@ -111,7 +112,13 @@ def load(input_dir: str | Path) -> Collected:
                 for record in read(os.path.join(folder, FILE_NAME), collected.notes):
                     yield folder, record
 
-    return collect(found(), collected)
+    collecting = gc.isenabled()
+    gc.disable()  # records are many and hold no cycles: a tenth faster
+    try:
+        return collect(found(), collected)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = None) -> Collected:
