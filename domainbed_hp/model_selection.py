@@ -63,18 +63,16 @@ def _leave_one_out(frame: pd.DataFrame) -> pd.DataFrame:
 
     Only where all these pairs exist, and one record of the run that left out t alone.
     """
-    run = ["row", "dataset", "trial_seed", "hparams_seed", "step"]
+    together = frame.groupby(["row", "dataset", "trial_seed", "hparams_seed", "step"], sort=False).ngroup()
+    frame = frame.assign(together=together)  # a number for what must be equal in a run and its pairs
     pairs = frame[frame["test_envs"].map(len) == 2]
-    left_out: dict[tuple, float] = {}  # (*run, t, v) -> env{v}_in_acc
-    keys = pairs[run].itertuples(index=False, name=None)
-    for key, (a, b), accs in zip(keys, pairs["test_envs"], _accs(pairs, "in"), strict=True):
-        left_out[(*key, a, b)] = accs[b]
-        left_out[(*key, b, a)] = accs[a]
-    single = _single(frame).drop_duplicates([*run, "test_env"], keep=False)
+    left_out: dict[tuple[int, int, int], float] = {}  # (together, t, v) -> env{v}_in_acc
+    for key, (a, b), accs in zip(pairs["together"], pairs["test_envs"], _accs(pairs, "in").tolist(), strict=True):
+        left_out[key, a, b], left_out[key, b, a] = accs[b], accs[a]
+    single = _single(frame).drop_duplicates(["together", "test_env"], keep=False)
     complete, val_accs = [], []
-    keys = single[[*run, "test_env"]].itertuples(index=False, name=None)
-    for key, num_envs in zip(keys, single["num_envs"], strict=True):
-        others = [(*key, v) for v in range(num_envs) if v != key[-1]]
+    for key, t, num_envs in zip(single["together"], single["test_env"], single["num_envs"], strict=True):
+        others = [(key, t, v) for v in range(num_envs) if v != t]
         complete.append(all(other in left_out for other in others))
         if complete[-1]:
             val_accs.append(sum(left_out[other] for other in others) / len(others))

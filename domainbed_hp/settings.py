@@ -83,42 +83,42 @@ def spec_from(config: str | None, flags: dict[str, Any]) -> SweepSpec:
     return override(spec, parse_hparams(flags["hparams"])) if "hparams" in flags else spec
 
 
-def read_jobs(path: str, flags: dict[str, Any]) -> tuple[SweepSpec, list[Job]]:
-    """The jobs of a file that `collect_results --missing` wrote, and the spec that checks and launches them.
+def read_jobs(path: str, flags: dict[str, Any]) -> list[tuple[SweepSpec, list[Job]]]:
+    """The jobs of a file that `collect_results --missing` wrote, by sweep; the spec checks and launches them.
 
     `flags` may say where jobs run and where data lie, nothing that would make other jobs of them.
     """
     for name in flags:
         if name not in (*WHERE, "launcher", *LAUNCHER_OPTIONS):
             raise UsageError(f"--{name} with --jobs: what the jobs are stands in {path}")
+    where = {name: flags[name] for name in WHERE if name in flags}
     try:
         entries = [(Path(job["output_dir"]), dict(job["args"])) for job in json.loads(Path(path).read_text())["jobs"]]
-        rows = []
-        for _, args in entries:
-            hparams = parse_hparams(args.get("hparams") or "{}")
-            row = Row(args["algorithm"], args.get("label") or "", hparams, args.get("steps"))
-            rows += [row] * (row not in rows)
+        jobs = [Job.under(folder, args | where) for folder, args in entries]
+        rows = [row_of(job) for job in jobs]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"--jobs {path}: not a file of jobs, as collect_results --missing writes it: {error!r}"
-        ) from error
-    folders = sorted({str(folder) for folder, _ in entries})
-    if len(folders) != 1:
-        found = ", ".join(folders) or "none"
-        raise UsageError(
-            f"--jobs {path}: expected jobs of one sweep, got folders {found}. Collect each --input_dir alone"
-        )
-    where = {name: flags[name] for name in WHERE if name in flags}
-    jobs = [Job.under(folder, args | where) for folder, args in entries]
-    values = {name: value for name, value in flags.items() if name != "slurm"}
-    if "slurm" in flags:
-        values["slurm"] = parse_slurm(flags["slurm"])
-    datasets = list(dict.fromkeys(job.args["dataset"] for job in jobs))
-    imports = list(dict.fromkeys(module for job in jobs for module in job.args.get("import", [])))
-    data_dir = next((job.args["data_dir"] for job in jobs if job.args.get("data_dir")), "")
-    values = {"data_dir": data_dir, "output_dir": folders[0], "datasets": datasets, "imports": imports} | values
-    spec = SweepSpec.of({**values, "rows": [{"algorithm": rows[0].algorithm}]}, f"--jobs {path}")
-    return replace(spec, rows=tuple(rows)), jobs
+        expected = "a file of jobs, as collect_results --missing writes it"
+        raise UsageError(f"--jobs {path}: expected {expected}; got {error!r}") from error
+    if not jobs:
+        raise UsageError(f"--jobs {path}: no jobs in it; nothing was missing")
+    values = {**flags, "slurm": parse_slurm(flags["slurm"])} if "slurm" in flags else flags
+    found = []
+    for folder in dict.fromkeys(job.folder.parent for job in jobs):
+        mine = [job for job in jobs if job.folder.parent == folder]
+        of_mine = [row for row, job in zip(rows, jobs, strict=True) if job.folder.parent == folder]
+        datasets = list(dict.fromkeys(job.args["dataset"] for job in mine))
+        imports = list(dict.fromkeys(module for job in mine for module in job.args.get("import", [])))
+        data_dir = next((job.args["data_dir"] for job in mine if job.args.get("data_dir")), "")
+        told = {"data_dir": data_dir, "output_dir": str(folder), "datasets": datasets, "imports": imports}
+        spec = SweepSpec.of({**told, **values, "rows": [{"algorithm": of_mine[0].algorithm}]}, f"--jobs {path}")
+        different = [row for i, row in enumerate(of_mine) if row not in of_mine[:i]]
+        found.append((replace(spec, rows=tuple(different)), mine))
+    return found
+
+
+def row_of(job: Job) -> Row:
+    hparams = parse_hparams(job.args.get("hparams") or "{}")
+    return Row(job.args["algorithm"], job.args.get("label") or "", hparams, job.args.get("steps"))
 
 
 def override(spec: SweepSpec, hparams: dict[str, Any]) -> SweepSpec:

@@ -40,11 +40,11 @@ def write(folder: Path, *records: Record) -> None:
     (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def launched(output_dir: Path, args: list[dict[str, Any]], done: bool = True) -> list[Job]:
+def launched(output_dir: Path, args: list[dict[str, Any]], done: bool = True, num_envs: int = 4) -> list[Job]:
     """A sweep on disk, each of its jobs with one record, and done."""
     jobs = [Job.under(output_dir, {"holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 0, **a}) for a in args]
     for job in jobs:
-        accs = {f"env{i}_{split}_acc": 0.5 for i in range(4) for split in ("in", "out")}
+        accs = {f"env{i}_{split}_acc": 0.5 for i in range(num_envs) for split in ("in", "out")}
         write(job.folder, {"args": job.args, "step": 0, **accs})
         if done:
             (job.folder / "done").write_text("done")

@@ -119,18 +119,47 @@ def test_what_is_missing_can_be_launched_and_completes_the_tables(tmp_path, caps
     assert "About" in out and "missing: LoRA, Debug28, test_envs 2, trial 1, hparams_seed 0\n" in err
     assert "error: --strict: 1 jobs are missing" in err
 
+    before = json.loads(Path("out/sweep.json").read_text())
     assert run(sweep.main, ["launch", "--jobs", "jobs.json", "--skip_confirmation"]) == 0
     assert "Launched 1 jobs!" in capsys.readouterr().out
+    after = json.loads(Path("out/sweep.json").read_text())
+    assert (after["spec"], after["rows"], len(after["jobs"])) == (before["spec"], before["rows"], 6)
     assert collect("out", "--strict") == 0
     assert "Total records: 7\n" in capsys.readouterr().out
+
+
+def test_missing_jobs_of_several_sweeps_are_launched_each_in_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = {
+        "algorithm": "ZeroShotCLIP",
+        "dataset": "Debug28",
+        "hparams": '{"clip_model": "mini", "clip_pretrained": "random"}',
+    }
+    for name in ("a", "b"):
+        args_of = [{**args, "label": f"ZeroShotCLIP {name}", "test_envs": [env]} for env in range(3)]
+        jobs = launched(tmp_path / "all" / name, args_of, num_envs=3)
+        shutil.rmtree(jobs[0].folder)
+    collect("all", "--missing", "my jobs.json")
+    assert capsys.readouterr().err.endswith("sweep launch --jobs 'my jobs.json'\n")
+    assert (
+        run(sweep.main, ["launch", "--jobs", "my jobs.json", "--command_launcher", "dummy", "--skip_confirmation"]) == 0
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Dummy")]
+    assert [re.search(r"output_dir all/(.)/", line)[1] for line in lines] == ["a", "b"]
+
+
+def test_a_row_without_runs_is_an_error_under_strict(four_runs, capsys):
+    write(four_runs / "elsewhere", *[record(env, 0.5, dataset="VLCS", algorithm="LoRA") for env in range(4)])
+    assert collect(four_runs, "--strict") == 2
+    assert "2 rows have no runs on a data set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [
-        ("{", [], "--jobs jobs.json: not a file of jobs"),
-        ('{"jobs": []}', [], "expected jobs of one sweep, got folders none"),
-        ('{"jobs": [{"output_dir": "a"}]}', [], "not a file of jobs"),
+        ("{", [], "--jobs jobs.json: expected a file of jobs"),
+        ('{"jobs": []}', [], "no jobs in it; nothing was missing"),
+        ('{"jobs": [{"output_dir": "a"}]}', [], "expected a file of jobs"),
         ('{"jobs": [{"output_dir": "a", "args": {"algorithm": "LoRA"}}]}', ["--steps", "3"], "--steps with --jobs"),
         ('{"jobs": [{"output_dir": "a", "args": ARGS}]}', ["--config", "x.toml"], "--config with --jobs"),
         ('{"jobs": [{"output_dir": "a", "args": {"colour": 1, "REST}}]}', [], "unknown argument of train in jobs.json"),
@@ -174,6 +203,15 @@ def test_runs_of_different_protocols_are_rows_of_their_own(four_runs, capsys):
     out, err = capsys.readouterr()
     assert "ERM (steps=100)       30.0 +/- 0.0" in out and "ERM (steps=200)       70.0 +/- 0.0" in out
     assert "note: runs of 'ERM' on PACS differ in steps and are rows of their own" in err
+
+
+def test_what_the_registry_does_not_know_is_shown_and_said(four_runs, capsys):
+    write(four_runs / "strange", record(0, 0.5, algorithm="Mine", dataset="Ours", num_envs=2))
+    collect(four_runs)
+    out, err = capsys.readouterr()
+    assert "Dataset: Ours" in out and out.count("\nMine ") == 9
+    assert "note: data set 'Ours' is not registered: its environments are numbered\n" in err
+    assert "note: algorithm 'Mine' is not registered: its rows come last\n" in err
 
 
 def test_formats_are_files_too(four_runs, capsys):

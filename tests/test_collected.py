@@ -1,5 +1,7 @@
 import json
 import os
+import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from made_records import collected, frame, launched, minimal, record, write
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.collected import load
+from domainbed_hp.reports.collected import PROTOCOL, load
 
 
 def rows(*records):
@@ -71,7 +73,7 @@ def test_what_a_record_lacks_is_named(tmp_path, key):
 
 
 def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
-    write(tmp_path / "a", minimal(), minimal() | {"env0_in_acc": float("nan")})
+    write(tmp_path / "a", minimal(), minimal() | {"step": 1, "env0_in_acc": float("nan")})
     with open(tmp_path / "a" / "results.jsonl", "ab") as file:
         file.write(b'{"args": {"algor\n\n12\n\xff\xfe')
     write(tmp_path / "b")
@@ -80,7 +82,7 @@ def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
     a, b = (tmp_path / name / "results.jsonl" for name in "ab")
     assert found.notes == [
         *(f"{a}: line {number} is not a whole record (torn?) and is left out" for number in (3, 5, 6)),
-        f"{a}: 1 records hold NaN; a validation accuracy that is NaN is never selected",
+        f"{a}: 1 records hold NaN; a validation accuracy that is NaN loses to any other",
         f"{b} is empty",
     ]
 
@@ -99,6 +101,10 @@ def test_a_second_run_in_a_file_is_a_run_of_its_own(tmp_path):
         ("steps", None, 200, ("steps=default", "steps=200")),
         ("holdout_fraction", 0.2, 0.1, ("holdout_fraction=0.2", "holdout_fraction=0.1")),
         ("eval_images", None, 64, ("eval_images=default", "eval_images=64")),
+        ("uda_holdout_fraction", 0.0, 0.2, ("uda_holdout_fraction=0", "uda_holdout_fraction=0.2")),
+        ("task", "a", "b", ("task=a", "task=b")),
+        ("precision", "fp32", "bf16", ("precision=fp32", "precision=bf16")),
+        ("loader", "batched", "reference", ("loader=batched", "loader=reference")),
     ],
 )
 def test_runs_of_different_protocols_are_rows_of_their_own(key, one, other, told):
@@ -129,6 +135,64 @@ def test_weights_and_image_size_are_part_of_the_protocol():
     ]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"backbone": "resnet50"}, {"backbone": "clip"}, ["backbone=resnet50", "backbone=clip"]),
+        ({"lr": 1}, {"clip_model": "B"}, ["clip_model=none", "clip_model=B"]),
+        ({}, {"clip_model": "B"}, []),
+    ],
+)
+def test_a_run_without_pretrained_weights_is_no_run_with_them(one, other, told):
+    found = rows(minimal() | {"hparams": one}, minimal(trial_seed=1) | {"hparams": other})
+    assert found == [f"ERM ({words})" for words in told] or (not told and found == ["ERM", "ERM"])
+
+
+def test_an_override_of_weights_that_is_what_others_have_anyway_is_no_other_protocol():
+    same = {"clip_model": "B", "clip_pretrained": "openai"}
+    overridden = minimal(hparams='{"clip_pretrained": "openai"}') | {"hparams": same}
+    assert rows(overridden, minimal(trial_seed=1, hparams=None) | {"hparams": same}) == ["ERM", "ERM"]
+
+
+def test_the_defaults_of_the_protocol_are_those_of_a_run():
+    from domainbed_hp.planning import RunArgs
+
+    names = {f.name: f.default for f in fields(RunArgs)}
+    assert {**{name: names[name] for name in PROTOCOL}, "algorithm": None} == {**PROTOCOL, "algorithm": None}
+
+
+def test_planned_jobs_leave_out_defaults_and_share_the_row_all_the_same(tmp_path):
+    args = {"algorithm": "LoRA", "dataset": "PACS", "test_envs": [0]}
+    jobs = launched(tmp_path / "a", [{**args, "trial_seed": t} for t in range(3)], done=False)
+    for job in jobs[:2]:
+        accs = {f"env{i}_{split}_acc": 0.5 for i in range(4) for split in ("in", "out")}
+        written = {**PROTOCOL, **job.args, "hparams": None}
+        write(job.folder, {"args": written, "hparams": {"clip_model": "B"}, "step": 0, **accs})
+    shutil.rmtree(jobs[2].folder)
+    launched(tmp_path / "b", [{**args, "steps": 9, "hparams": '{"lr": 1}'}])
+    found = load(tmp_path)
+    assert [run.row for run in found.runs] == ["LoRA (steps=default, lr=default)"] * 2 + ["LoRA (steps=9, lr=1)"]
+    assert [plan.row for plan in found.planned] == ["LoRA (steps=default, lr=default)"] * 3 + ["LoRA (steps=9, lr=1)"]
+
+
+@pytest.mark.parametrize("copy", ["folder", "lines"])
+def test_a_run_that_is_there_twice_is_said(tmp_path, copy):
+    write(tmp_path / "a", minimal(), minimal() | {"step": 1})
+    assert load(tmp_path).notes == []
+    if copy == "folder":
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    else:
+        write(tmp_path / "a", *[minimal() | {"step": step} for step in (0, 1, 1)])
+    folders = [str(tmp_path / name) for name in ("ab" if copy == "folder" else "a")]
+    assert load(tmp_path).notes == [f"the same run twice, and counted twice: {' and '.join(folders)}"]
+
+
+def test_a_run_that_was_resumed_under_other_versions_has_both(tmp_path):
+    told = [{"commit": name} for name in "aab"]
+    write(tmp_path / "run", *[minimal() | {"step": i, "versions": v} for i, v in enumerate(told)])
+    assert load(tmp_path).runs[0].versions == [{"commit": "a"}, {"commit": "b"}]
+
+
 def test_two_algorithms_under_one_label_are_told_apart():
     assert rows(minimal(label="mine"), minimal(algorithm="LoRA", label="mine")) == [
         "mine (algorithm=ERM)",
@@ -142,12 +206,13 @@ def test_two_algorithms_under_one_label_are_told_apart():
         ({"hparams": '{"lr": 0.1, "rank": 4}'}, {"hparams": '{"rank":4,"lr":1e-1}'}),
         ({"hparams": None}, {"hparams": "{}"}),
         ({"steps": 100}, {}),
+        ({"steps": 100}, {"steps": 100.0}),
         ({"steps": 100}, {"steps": 200, "dataset": "VLCS"}),
         ({"steps": 100}, {"steps": 100, "trial_seed": 3, "hparams_seed": 5, "test_envs": [1, 2], "seed": 7}),
     ],
 )
 def test_one_protocol_is_one_row(one, other):
-    found = collected([minimal(**one), minimal(**other)])
+    found = collected([minimal(**one), minimal(**{"trial_seed": 1, **other})])
     assert {run.row for run in found.runs} == {"ERM"} and not found.notes
 
 

@@ -57,12 +57,55 @@ def test_equal_rows_do_not_differ():
     assert not found.warnings()
 
 
-def test_too_few_pairs_are_a_warning_and_a_single_one_tells_nothing():
-    found = first(paired([[0.01, 0.02, 0.03]] * 2))
-    (warning,) = found.warnings()
-    assert warning.startswith("PACS, A, C: with 3 pairs p cannot fall below 0.25")  # all 6 pairs: 2 / 64
+def test_too_few_trials_are_a_warning_and_a_single_one_tells_nothing():
+    alone, together = first(paired([[0.01, 0.02, 0.03]] * 2)).warnings()
+    assert (
+        alone == "PACS, A, C: with 3 trials p cannot fall below 0.25, and the interval is too narrow; run more trials"
+    )
+    assert together == "PACS, all: with 3 trials the interval is too narrow; run more trials"
     single = first(paired([[0.01]]))
-    assert single.differences[0].p is None and "with 1 pair nothing can be told" in single.text()
+    assert single.differences[0].p is None
+    assert "PACS, A, all: with 1 trial there is no interval and no p" in single.text()
+    assert [bool(first(paired([[0.01] * n])).warnings()) for n in (5, 6)] == [True, False]
+
+
+def test_each_number_of_trials_has_a_warning_of_its_own():
+    found = first(paired([[0.01], [0.01, 0.02, 0.01, 0.02]]))
+    assert [line.split(": ")[0] for line in found.warnings()] == ["PACS, A", "PACS, C", "PACS, all"]
+    assert found.differences[2].p is not None and found.differences[2].low is None
+
+
+def test_the_mean_of_all_is_that_of_the_environments_whatever_their_trials():
+    gains = [[0.10, 0.12], [0.01, 0.02, 0.03, -0.01, 0.0]]
+    found = first(paired(gains)).differences[2]
+    assert found.mean == pytest.approx(100 * (0.11 + 0.01) / 2)
+    assert found.low < found.mean < found.high
+    flat = np.array([g for of_env in gains for g in of_env])
+    weights = np.array([1 / 4] * 2 + [1 / 10] * 5)
+    flips = (np.array(list(product((-1, 1), repeat=7))) * flat * weights).sum(1)
+    assert found.p == pytest.approx(min(1, 2 * (flips >= (flat * weights).sum() - 1e-12).mean()))
+
+
+def test_a_data_set_that_only_one_of_them_ran_on_is_left_out():
+    records = paired([[0.01] * 6]) + [record(0, 0.5, dataset="VLCS", algorithm="ERM")]
+    assert {found.dataset for found in compare(frame(records), "LoRA", "ERM")} == {"PACS"}
+
+
+def test_pairs_with_nan_are_left_out_and_said():
+    records = paired([[0.01] * 7])
+    records[1]["env0_in_acc"] = float("nan")
+    found = first(records)
+    assert found.differences[0].n == 6 and found.warnings() == ["PACS: 1 pairs hold NaN and are left out"]
+
+
+def test_the_interval_holds_what_it_says():
+    """Of normal gains around nothing, nearly 95 % with ten trials in each of two environments."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(60):
+        d = first(paired(rng.normal(0, 0.02, (2, 10)))).differences[-1]
+        inside += d.low <= 0 <= d.high
+    assert inside >= 52
 
 
 def test_only_pairs_that_both_have_count():

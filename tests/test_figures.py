@@ -32,6 +32,27 @@ def test_accuracies_are_those_of_the_table():
     assert [text.get_text() for text in axis.get_xticklabels()] == [*"ACPS", "Avg"]
 
 
+def test_error_bars_are_standard_errors():
+    records = [record(env, 0.5 + 0.1 * trial, trial) for env in range(4) for trial in range(2)]
+    (axis,) = figures.accuracies(tables.build(collected(records), IIDAccuracy)[0]).axes
+    segments = axis.containers[0].lines[2][0].get_segments()
+    assert np.allclose([np.ptp(segment[:, 1]) / 2 for segment in segments[:4]], 100 * 0.05 / 2**0.5)
+
+
+def test_bands_are_one_standard_deviation():
+    records = [record(0, acc, trial) | {"loss": acc} for trial, acc in enumerate((0.4, 0.6))]
+    axis = figures.curves(collected(records).frame, "PACS", ["ERM"]).axes[2]
+    low, high = axis.collections[0].get_datalim(axis.transData).get_points()[:, 1]
+    assert np.allclose([low, high], 50 + np.array([-1, 1]) * np.std([40, 60], ddof=1))
+
+
+def test_names_are_no_formulas():
+    records = [record(env, 0.5, label="ERM, cost $a$ $b_$") for env in range(4)]
+    found = collected(records)
+    for figure in figures.all_figures(found, tables.build(found, IIDAccuracy)).values():
+        figure.draw_without_rendering()
+
+
 def test_curves_are_means_by_step():
     found = collected(sweep())
     axes = figures.curves(found.frame, "PACS", ["ERM", "LoRA"]).axes
@@ -41,7 +62,13 @@ def test_curves_are_means_by_step():
 
 
 def test_selection_tells_the_rank_correlation():
-    (axis,) = figures.selection(collected(sweep()).frame, "PACS", ["ERM", "LoRA"]).axes
+    records = sweep()
+    for one in records:  # which environment it is must not tell the accuracy
+        (env,) = one["args"]["test_envs"]
+        for i in range(4):
+            one[f"env{i}_out_acc"] -= 0.2 * env
+        one[f"env{env}_in_acc"] += 0.2 * env
+    (axis,) = figures.selection(collected(records).frame, "PACS", ["ERM", "LoRA"]).axes
     assert axis.get_legend_handles_labels()[1] == ["ERM (rank correlation +1.00)", "LoRA (rank correlation +1.00)"]
     assert len(axis.collections[0].get_offsets()) == 32
 
@@ -78,13 +105,15 @@ def test_plot_writes_png_and_pdf(tmp_path, capsys):
 
     for i, one in enumerate(sweep()):
         write(tmp_path / str(i), one | {"hparams": {"gates": "softmax"}})
-    save_file({"a.gate_logits": np.zeros(4, np.float32)}, tmp_path / "3" / "model.safetensors")
+    for i in ("3", "11"):  # trial 0 of environments 0 and 1
+        save_file({"a.gate_logits": np.zeros(4, np.float32)}, tmp_path / i / "model.safetensors")
     assert run(plot.main, ["--input_dir", str(tmp_path)]) == 0
-    names = ["PACS-accuracy", "PACS-curves", "PACS-gates-LoRA-env0", "PACS-selection"]
+    gates = [f"PACS-gates-LoRA-env{env}" for env in (0, 1)]
+    names = ["PACS-accuracy", "PACS-curves", *gates, "PACS-selection"]
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert written == [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 4 and err == ""
+    assert len(out.splitlines()) == 5 and err == ""
 
 
 def test_plot_of_nothing(tmp_path, capsys):

@@ -21,6 +21,7 @@ def test_names_are_escaped_and_never_cut():
     assert r"HeadPurification, without its gates and its adapters\_1 & 50.0 $\pm$ 0.0 & X" in text
     assert rf"\textbf{{{PACS.environments[3]}}}" in text
     assert latex.escape("%_&#${}") == r"\%\_\&\#\$\{\}"
+    assert latex.escape("~^") == r"\textasciitilde{}\textasciicircum{}"
     # Bare, they would be swallowed by the end of the row above.
     assert latex.escape("[2pt] * λ") == "{[}2pt] {*} U+03BB"
 

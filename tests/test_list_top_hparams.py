@@ -35,6 +35,16 @@ def test_runs_are_ranked_under_every_method(sweep, capsys):
     assert leave_one_out.strip().endswith("cross-validation")
 
 
+def test_pairs_are_listed_where_they_chose(sweep, capsys):
+    for seed in range(3):
+        for envs in ((0, 2), (1, 2), (2, 3)):
+            accs = {f"env{i}_{split}_acc": 0.5 for i in range(4) for split in ("in", "out")}
+            args = record(0, 0)["args"] | {"test_envs": list(envs), "hparams_seed": seed}
+            write(sweep / f"pair{seed}-{envs[0]}{envs[1]}", {"args": args, "step": 0, **accs})
+    _, out, _ = listed(sweep, capsys)
+    assert [part.count("/pair") for part in out.split("Model selection: ")[1:]] == [0, 9, 0]
+
+
 def test_only_the_top(sweep, capsys):
     _, out, _ = listed(sweep, capsys, "--top", "1")
     assert out.count("val_acc") == 2 and "val_acc: 90.0" in out

@@ -36,7 +36,7 @@ def test_hparams_seeds_and_environments_of_the_row_are_missed():
 
 
 def test_who_has_a_pair_misses_the_others():
-    pairs = [minimal(test_envs=list(envs)) for envs in combinations(range(3), 2)]
+    pairs = [minimal(test_envs=list(envs)[::-1]) for envs in combinations(range(3), 2)]
     singles = [minimal(test_envs=[i]) for i in range(3)]
     assert find_missing(collected(singles)) == []
     (missing,) = find_missing(collected(singles + pairs[1:]))
@@ -45,6 +45,28 @@ def test_who_has_a_pair_misses_the_others():
         (env, m) for env in range(3) for m in (IIDAccuracy, LeaveOneOut) if missing.completes("ERM", "PACS", env, m)
     ]
     assert told == [(0, LeaveOneOut), (1, LeaveOneOut)]
+
+
+def test_pairs_of_far_apart_environments_are_missed_too():
+    runs = [minimal(test_envs=list(envs)) for envs in [(0,), (1,), (2,), (3,), *combinations(range(4), 2)]]
+    runs = [run | {"env3_out_acc": 0.5} for run in runs if run["args"]["test_envs"] != [0, 3]]
+    assert [missing.test_envs for missing in find_missing(collected(runs))] == [(0, 3)]
+
+
+def test_environments_are_counted_over_all_runs():
+    runs = [record(env, 0.5) for env in range(3)] + [record(0, 0.5, trial_seed=0, algorithm="LoRA", num_envs=3)]
+    assert ("ERM", (3,)) in [(missing.row, missing.test_envs) for missing in find_missing(collected(runs))]
+
+
+def test_a_run_that_was_interrupted_is_missed():
+    runs = [record(env, 0.5) | {"step": step} for env in range(4) for step in (0, 9) if (env, step) != (2, 9)]
+    assert [missing.test_envs for missing in find_missing(collected(runs))] == [(2,)]
+
+
+def test_modules_of_ones_own_come_with_the_job():
+    runs = [record(env, 0.5, imports=["mine"]) for env in range(3)]
+    (missing,) = find_missing(collected(runs))
+    assert missing.job.args["import"] == ["mine"] and "imports" not in missing.job.args
 
 
 def test_a_single_run_completes_its_cell_under_every_method():

@@ -51,8 +51,10 @@ def test_markdown_marks_the_best_and_what_is_incomplete():
 
 
 def test_markdown_escapes_names():
-    text = plain.to_markdown(made([record(0, 0.5, algorithm="a|b*c_<d>", dataset="#1 [x]")]))
-    assert "a\\|b\\*c\\_\\<d\\>" in text and "### \\#1 \\[x\\]" in text
+    text = plain.to_markdown(made([record(0, 0.5, algorithm=r"a|b*c_<d>\e", dataset="#1 [x]|")]))
+    assert r"| a\|b\*c\_\<d\>\\e " in text and r"### \#1 \[x\]\|" in text
+    header = next(line for line in text.splitlines() if line.startswith("| Algorithm") and "#1" in line)
+    assert r" \#1 \[x\]\| |" in header
 
 
 def test_csv_has_a_line_for_each_cell():
@@ -77,6 +79,13 @@ def test_json_tells_everything():
     }
     assert found["missing"] == ["LoRA, PACS, test_envs 3, trial 1, hparams_seed 0"]
     assert found["provenance"]["runs"] == 23
+
+
+def test_json_and_csv_are_unrounded():
+    report_ = made([record(0, acc, trial, num_envs=2) for trial, acc in enumerate((0.1, 0.1, 0.2))])
+    mean = 100 * 0.4 / 3
+    assert abs(json.loads(plain.to_json(report_))["cells"][0]["mean"] - mean) < 1e-9
+    assert abs(float(next(csv.DictReader(plain.to_csv(report_).splitlines()))["mean"]) - mean) < 1e-9
 
 
 def test_published_numbers_stand_apart():

@@ -1,5 +1,7 @@
+import shutil
+
 import pytest
-from made_records import collected, launched, record
+from made_records import collected, launched, minimal, record
 
 from domainbed_hp import registry
 from domainbed_hp.datasets.pacs import PACS
@@ -130,14 +132,58 @@ def test_costs_are_of_all_records_but_the_first_step():
     assert table.grid(lambda i, j, cell: "")[0][-3:] == ["1,234", "300", "2.5"]
 
 
+def test_costs_are_of_the_data_set_and_memory_that_nobody_measured_is_not_told():
+    def costly(dataset, step_time):
+        return record(0, 0.5, dataset=dataset) | {"step": 1, "step_time": step_time, "mem_gb": 0.0}
+
+    built = build([costly("VLCS", 0.1), costly("PACS", 0.3)], cost_names=["step_time", "memory"])
+    assert [table.costs[0].values for table in built] == [(pytest.approx(t),) for t in (100, 300, 200)]
+    assert built[0].costs[1].values == (None,)
+
+
 def test_why_a_cell_is_x_where_no_job_is_missing():
     records = [record(env, 0.5) for env in range(4)] + [record(0, 0.5, algorithm="LoRA", dataset="VLCS")]
     made = report.make(collected(records))
     needs = f"{LeaveOneOut.name} needs runs with two test environments, and there are none"
-    absent = [note for note in made.notes if "no runs" in note]
-    assert sorted(absent) == ["ERM, VLCS: no runs, hence X", "LoRA, PACS: no runs, hence X"]
+    assert sorted(made.no_runs) == ["ERM, VLCS: no runs, hence X", "LoRA, PACS: no runs, hence X"]
     assert any(note.startswith(f"all rows, PACS: {needs}") for note in made.notes)
     assert not any(Oracle.name in note for note in made.notes)
+
+
+def test_pairs_at_other_steps_leave_leave_one_out_an_x_that_is_explained():
+    singles = [minimal(test_envs=[i]) for i in range(3)]
+    pairs = [minimal(test_envs=list(envs)) | {"step": 1} for envs in ((0, 1), (0, 2), (1, 2))]
+    later = [one | {"step": 1, "env0_in_acc": 0.5} for one in singles[:1]]
+    found = report.make(collected(singles + later + pairs))
+    assert any("finds no step that a run and its pairs recorded once" in note for note in found.notes)
+
+
+def test_the_average_of_averages_lacks_what_is_planned_elsewhere(tmp_path):
+    args = [{"algorithm": "ERM", "dataset": d, "test_envs": [env]} for d in ("PACS", "VLCS") for env in range(4)]
+    for job in launched(tmp_path, args)[4:]:
+        shutil.rmtree(job.folder)
+    made = report.make(load(tmp_path))
+    dataset, averages = made.tables[:2]
+    assert [cell.missing for cell in dataset.cells[0]] == [0] * 5
+    assert [cell.missing for cell in averages.cells[0]] == [0, 4]
+    assert (len(made.lacking(dataset)), len(made.lacking(averages))) == (0, 4)
+
+
+def test_a_table_lists_what_it_lacks_itself():
+    records = [record(env, 0.5, t, dataset=d) for d in ("PACS", "VLCS") for env in range(4) for t in range(2)]
+    made = report.make(collected(records[:-1]))
+    assert [len(made.lacking(table)) for table in made.tables[:3]] == [1, 0, 1]  # VLCS, PACS, averages
+    pairs = [minimal(test_envs=list(envs)) for envs in ((0, 1), (0, 2))] + [minimal(test_envs=[i]) for i in range(3)]
+    made = report.make(collected(pairs))
+    assert [len(made.lacking(table)) for table in made.tables] == [0, 0, 1, 1, 0, 0]
+
+
+def test_jobs_without_a_record_are_not_said_to_count(tmp_path):
+    args = {"algorithm": "ERM", "dataset": "PACS"}
+    jobs = launched(tmp_path, [{**args, "test_envs": [env]} for env in range(4)], done=False)
+    (jobs[0].folder / "results.jsonl").unlink()
+    made = report.make(load(tmp_path))
+    assert "3 jobs are not done; what they have recorded so far is counted" in made.notes
 
 
 @pytest.mark.parametrize("order", [1, -1])

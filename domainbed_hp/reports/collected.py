@@ -1,42 +1,41 @@
 """A folder of runs as one table of numbers, and what is known of the runs; runs of two protocols never share a row.
 
-Records are read one by one and only their numbers stay, 8 bytes each: a sweep of a million records fits on a laptop.
+Records are read one by one and only their numbers stay: a sweep of a million records fits on a laptop.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import math
 import os
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 
 from domainbed_hp.jobs import SWEEP_FILE, Job, load_sweep
 from domainbed_hp.records import FILE_NAME, Record
 from domainbed_hp.registry import UsageError
+from domainbed_hp.reports.reading import Layout, columns, read, walk
 from domainbed_hp.runs import DONE
 
-PROTOCOL = (
-    "algorithm",
-    "steps",
-    "holdout_fraction",
-    "uda_holdout_fraction",
-    "eval_images",
-    "task",
-    "precision",
-    "loader",
-)
-"""Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table."""
+PROTOCOL = {
+    "algorithm": None,
+    "steps": None,
+    "holdout_fraction": 0.2,
+    "uda_holdout_fraction": 0.0,
+    "eval_images": None,
+    "task": "domain_generalization",
+    "precision": "fp32",
+    "loader": "batched",
+}
+"""Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table; and what
+`train` takes for those that a sweep leaves out."""
 IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
 """Arguments that say where in a table the records of a run belong."""
 WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
@@ -50,7 +49,8 @@ class Run:
     folder: str
     args: dict[str, Any]
     hparams: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    """One after the other, where it was resumed under others."""
     image_size: int | None = None
     row: str = ""
     """The row of the tables that it belongs to."""
@@ -101,7 +101,7 @@ def load(input_dir: str | Path) -> Collected:
     collected = Collected()
 
     def found() -> Iterator[tuple[str, Record]]:
-        for folder, files in walk(input_dir):
+        for folder, files in walk(Path(input_dir)):
             if SWEEP_FILE in files:
                 sweep, jobs = load_sweep(Path(folder))
                 for job in jobs:
@@ -112,54 +112,13 @@ def load(input_dir: str | Path) -> Collected:
                 for record in read(os.path.join(folder, FILE_NAME), collected.notes):
                     yield folder, record
 
-    return collect(found(), collected)
-
-
-def walk(input_dir: str | Path) -> Iterator[tuple[str, set[str]]]:
-    """(folder, its file names), sorted; also through links, each real folder once."""
-
-    def refuse(error: OSError) -> None:
-        raise UsageError(f"cannot read {error.filename}: {error.strerror}; expected a folder of runs") from error
-
-    seen: set[tuple[int, int]] = set()
-    # DEVIATION: DomainBed looks one level deep and finds nothing in nested sweeps.
-    for folder, subfolders, files in os.walk(input_dir, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (real := (status.st_dev, status.st_ino)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        yield folder, set(files)
-
-
-def read(path: str, notes: list[str]) -> Iterator[Record]:
-    """The records of a results.jsonl; torn lines, no lines at all and NaN are told in `notes`."""
+    collecting = gc.isenabled()
+    gc.disable()  # records are many and hold no cycles: a tenth faster
     try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if lines == [b""]:
-        notes.append(f"{path} is empty")
-    nan = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
-            try:
-                record = json.loads(line)
-                nan += 1
-            except ValueError:
-                record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
-    if nan:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN is never selected")
+        return collect(found(), collected)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = None) -> Collected:
@@ -179,8 +138,9 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
         if new_run:
             args, folder_of = record.get("args") or {}, folder
             check_args(args, f"a record of {folder}")
-            told = record.get("hparams", {}), record.get("versions", {}), record.get("image_size")
-            runs.append(Run(folder, args, *told))
+            runs.append(Run(folder, args, record.get("hparams", {}), [], record.get("image_size")))
+        if "versions" in record and record["versions"] not in runs[-1].versions[-1:]:
+            runs[-1].versions.append(record["versions"])
         before, keys = layout, tuple(record)
         layout = layouts.get(keys)
         if new_run or layout is not before or layout is None:
@@ -199,36 +159,6 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
         frame[name] = each.astype(int) if name.endswith("_seed") else each
     collected.frame = frame
     return tell_apart(collected)
-
-
-class Layout:
-    """The numbers of records that have the same keys."""
-
-    def __init__(self, record: Record) -> None:
-        self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
-        self.take = itemgetter(*self.names)
-        self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
-        self.numbers, self.places = array("d"), array("q")
-
-    def add(self, record: Record, place: int) -> None:
-        values = list(self.take(record))
-        try:
-            self.numbers.fromlist(values)  # all or none
-        except TypeError:
-            self.numbers.fromlist([value if type(value) in (float, int) else math.nan for value in values])
-        self.places.append(place)
-
-
-def columns(length: int, layouts: Iterable[Layout]) -> dict[str, np.ndarray]:
-    """`num_envs`, `step`, and every other number; NaN where a record has none."""
-    found = {"num_envs": np.zeros(length, dtype=int), "step": np.zeros(length, dtype=int)}
-    for layout in layouts:
-        places = np.array(layout.places)
-        found["num_envs"][places] = layout.num_envs
-        values = np.array(layout.numbers).reshape(len(places), -1)
-        for name, column in zip(layout.names, values.T, strict=True):
-            found.setdefault(name, np.full(length, math.nan))[places] = column
-    return found
 
 
 def check_args(args: Mapping[str, Any], whose: str) -> None:
@@ -262,19 +192,53 @@ def tell_apart(collected: Collected) -> Collected:
         for member, values in zip(members, protocols, strict=True):
             told = ", ".join(f"{name}={values.get(name, 'unknown')}" for name in differing)
             member.row = f"{label} ({told})" if told else label
+        match_plans(members, protocols)
         if differing:
             runs = Counter(member.row for member in members if isinstance(member, Run))
             told = ", ".join(f"{row!r} ({number} runs)" for row, number in runs.items())
             what = ", ".join(differing)
             collected.notes.append(f"runs of {label!r} on {dataset} differ in {what} and are rows of their own: {told}")
+    collected.notes += twice(collected)
     rows = np.array([run.row for run in collected.runs], dtype=object)
     collected.frame["row"] = pd.Series(rows[collected.frame["run"]], dtype=object)
     return collected
 
 
+def twice(collected: Collected) -> list[str]:
+    """Records that would count twice, a line for each pair of folders; leave-one-out leaves such steps out."""
+    runs_of: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, run in enumerate(collected.runs):
+        seeds = run.args["trial_seed"], run.args["hparams_seed"]
+        runs_of[run.row, run.args["dataset"], *seeds, tuple(sorted(run.args["test_envs"]))].append(i)
+    repeats = collected.frame.duplicated(["run", "step"]) if collected.runs else pd.Series(dtype=bool)
+    torn = set(collected.frame.loc[repeats, "run"]) if repeats.any() else set()
+    lines = []
+    for same in runs_of.values():
+        if len(same) > 1 or same[0] in torn:
+            here = collected.frame[collected.frame["run"].isin(same)]
+            folders = dict.fromkeys(collected.runs[i].folder for i in same)
+            if here.duplicated("step").any():
+                lines.append(f"the same run twice, and counted twice: {' and '.join(folders)}")
+    return lines
+
+
+def match_plans(members: Sequence[Run | Planned], protocols: Sequence[Mapping[str, str]]) -> None:
+    """Give a planned job the row of its own run, or else of the only runs that it does not contradict."""
+    runs = [(m, values) for m, values in zip(members, protocols, strict=True) if isinstance(m, Run)]
+    by_folder = {run.folder: run.row for run, _ in runs}
+    kinds = {run.row: values for run, values in runs}
+    for plan, values in zip(members, protocols, strict=True):
+        if isinstance(plan, Planned):
+            fits = [
+                row for row, of in kinds.items() if all(of.get(name, value) == value for name, value in values.items())
+            ]
+            plan.row = by_folder.get(str(plan.job.folder), fits[0] if len(fits) == 1 else plan.row)
+
+
 def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
     """The protocol of each: what must be equal in one row, in words. Only what both of two wrote is compared."""
-    args_of = [member.args if isinstance(member, Run) else member.job.args for member in members]
+    defaults = {**PROTOCOL, "hparams": None}
+    args_of = [member.args if isinstance(member, Run) else defaults | member.job.args for member in members]
     overrides_of = [overrides(args) for args in args_of]
     names = dict.fromkeys(name for each in overrides_of for name in each or ())
     found = []
@@ -283,7 +247,7 @@ def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
         if own is not None:
             values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
         if isinstance(member, Run):
-            values |= {name: member.hparams[name] for name in WEIGHTS if name in member.hparams}
+            values |= {name: member.hparams.get(name, "none") for name in WEIGHTS if member.hparams}
             values |= {} if member.image_size is None else {"image_size": member.image_size}
         found.append({name: words(value) for name, value in values.items()})
     return found

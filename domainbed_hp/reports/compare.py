@@ -26,13 +26,17 @@ class Difference:
     """Mean of row a minus row b over pairs, in points, with a 95 % bootstrap interval and the p of a permutation test.
 
     The test flips signs of pairs at random, all flips where they are few: under the null hypothesis the rows could be
-    swapped in any pair. The interval resamples trials within each environment. Both are None with fewer than two pairs.
+    swapped in any pair. The interval resamples trials within each environment, whose n deviations are first stretched
+    by sqrt(n / (n - 1)): resampling alone takes the sample's spread for the truth's. No p with fewer than two pairs,
+    no interval where an environment has fewer than two.
     """
 
     where: str
     a: float
     b: float
     n: int
+    trials: int
+    """The fewest of an environment."""
     p: float | None
     low: float | None
     high: float | None
@@ -41,10 +45,15 @@ class Difference:
     def mean(self) -> float:
         return self.a - self.b
 
-    @property
-    def least_p(self) -> float:
-        """The smallest p that so many pairs can give."""
-        return 2.0 ** (1 - self.n)
+    def warning(self) -> str:
+        """What so few trials cannot tell; empty where they can."""
+        if 2.0 ** (1 - self.trials) < 1 - LEVEL:  # the smallest p of so many sign flips
+            return ""
+        trials = "1 trial" if self.trials == 1 else f"{self.trials} trials"
+        least = 2.0 ** (1 - self.n)
+        p = f"p cannot fall below {least:.3g}, and " if self.n > 1 and least > 1 - LEVEL else ""
+        interval = "there is no interval" if self.trials == 1 else "the interval is too narrow"
+        return f"with {trials} {p}{interval}" + (" and no p" if self.n == 1 else "")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,8 @@ class Comparison:
     dataset: str
     method: SelectionMethod
     differences: tuple[Difference, ...]
+    left_out: int = 0
+    """Pairs with an accuracy that is NaN."""
 
     HEADER = ("", "a", "b", "a - b", "95 % interval", "p", "pairs")
 
@@ -78,17 +89,12 @@ class Comparison:
         ]
 
     def warnings(self) -> list[str]:
-        """Where there are too few pairs to tell."""
-        few = [d for d in self.differences if d.least_p > 1 - LEVEL]
-        if not few:
-            return []
-        n = min(d.n for d in few)
-        many = "1 pair" if n == 1 else f"{n} pairs"
-        least = f"p cannot fall below {2.0 ** (1 - n):.3g}" if n > 1 else "nothing can be told"
-        where = ", ".join(d.where for d in few)
-        return [
-            f"{self.dataset}, {where}: with {many} {least}, and an interval from so few is too narrow; run more trials"
-        ]
+        """What is left out, and where there are too few pairs to tell, a line for each reason."""
+        where: dict[str, list[str]] = {}
+        for d in self.differences:
+            where.setdefault(d.warning(), []).append(d.where)
+        lines = [f"{self.dataset}, {', '.join(names)}: {why}; run more trials" for why, names in where.items() if why]
+        return lines + [f"{self.dataset}: {self.left_out} pairs hold NaN and are left out"] * bool(self.left_out)
 
     def text(self) -> str:
         table = tabulate(self.lines(), self.HEADER, disable_numparse=True)
@@ -108,12 +114,13 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> list[Comparison]:
         chosen = method.select(frame[frame["row"].isin([a, b])])
         for dataset, labels in environments(frame).items():
             here = chosen[chosen["dataset"] == dataset]
+            left_out = here.loc[here["test_acc"].isna(), ["test_env", "trial_seed"]].drop_duplicates()
             pairs = here.pivot_table(index=["test_env", "trial_seed"], columns="row", values="test_acc")
             if {a, b} <= set(pairs.columns) and len(pairs := pairs.dropna()):
                 each = {labels[int(str(env))]: group for env, group in pairs.groupby(level="test_env")}
                 all_envs = difference("all", list(each.values()), a, b)
                 differences = [difference(label, [group], a, b) for label, group in each.items()]
-                found.append(Comparison(a, b, dataset, method, (*differences, all_envs)))
+                found.append(Comparison(a, b, dataset, method, (*differences, all_envs), len(left_out)))
     if not found:
         raise UsageError(f"{a} and {b} share no trial and test environment: there is nothing to pair")
     return found
@@ -123,9 +130,9 @@ def difference(where: str, groups: Sequence[pd.DataFrame], a: str, b: str) -> Di
     """Of the mean over environments of the mean over trials; `groups` are the pairs of each environment."""
     means = {row: 100 * float(np.mean([group[row].mean() for group in groups])) for row in (a, b)}
     gaps = [100 * (group[a] - group[b]).to_numpy() for group in groups]
-    n = sum(map(len, gaps))
+    n, trials = sum(map(len, gaps)), min(map(len, gaps))
     if n < 2:
-        return Difference(where, means[a], means[b], n, None, None, None)
+        return Difference(where, means[a], means[b], n, trials, None, None, None)
     # The mean of means, as a weighted mean of all pairs.
     weights = np.concatenate([np.full(len(gap), 1 / len(gap) / len(gaps)) for gap in gaps])
     p = stats.permutation_test(
@@ -137,11 +144,12 @@ def difference(where: str, groups: Sequence[pd.DataFrame], a: str, b: str) -> Di
         rng=0,
     ).pvalue
     low = high = None
-    if all(len(gap) > 1 for gap in gaps):
+    if trials > 1:
+        stretched = [gap.mean() + (gap - gap.mean()) * (len(gap) / (len(gap) - 1)) ** 0.5 for gap in gaps]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # all gaps equal: the interval is that point
             interval = stats.bootstrap(
-                gaps,
+                stretched,
                 lambda *each, axis: np.mean([d.mean(axis) for d in each], axis=0),
                 method="percentile",
                 vectorized=True,
@@ -150,4 +158,4 @@ def difference(where: str, groups: Sequence[pd.DataFrame], a: str, b: str) -> Di
                 rng=0,
             ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    return Difference(where, means[a], means[b], n, float(p), low, high)
+    return Difference(where, means[a], means[b], n, trials, float(p), low, high)

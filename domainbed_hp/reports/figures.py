@@ -33,6 +33,11 @@ def styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {row: {"color": colour, "marker": marker, "linestyle": line} for row, colour, marker, line in each}
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
+
+
 def canvas(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -61,12 +66,12 @@ def accuracies(table: Table) -> Figure:
         means = [np.nan if cell.mean is None else cell.mean for cell in cells]
         errs = [cell.err or 0.0 for cell in cells]
         style = look[row] | {"linestyle": "none"}
-        axis.errorbar(x + offset, means, errs, label=row, capsize=2.5, markersize=5, **style)
-    axis.set_xticks(x, table.columns)
+        axis.errorbar(x + offset, means, errs, label=plain(row), capsize=2.5, markersize=5, **style)
+    axis.set_xticks(x, [plain(name) for name in table.columns])
     for edge in x[:-1] + 0.5:
         axis.axvline(edge, color="0.9", linewidth=0.8)
     axis.set_ylabel("target accuracy (%)")
-    axis.set_title(f"{table.title}, {table.method.name}", fontsize="medium")
+    axis.set_title(plain(f"{table.title}, {table.method.name}"), fontsize="medium")
     legend(figure, axis, table.rows)
     return figure
 
@@ -91,12 +96,12 @@ def curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
                 continue
             band = by_step["std"].fillna(0)
             every = max(1, len(by_step) // 8)
-            axis.plot(by_step.index, by_step["mean"], label=row, markersize=4, markevery=every, **look[row])
+            axis.plot(by_step.index, by_step["mean"], label=plain(row), markersize=4, markevery=every, **look[row])
             low, high = by_step["mean"] - band, by_step["mean"] + band
             axis.fill_between(by_step.index, low, high, color=look[row]["color"], alpha=0.15, linewidth=0)
         axis.set_xlabel("step")
         axis.set_title(title, fontsize="medium")
-    figure.suptitle(dataset, fontsize="medium")
+    figure.suptitle(plain(dataset), fontsize="medium")
     legend(figure, axes[-1], rows)
     return figure
 
@@ -117,11 +122,13 @@ def selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
         ranks = [np.corrcoef(g.rank().to_numpy().T)[0, 1] for g in groups if len(g) > 2 and (g.nunique() > 1).all()]
         label = f"{row} (rank correlation {np.mean(ranks):+.2f})" if ranks else row
         style = {"color": look[row]["color"], "marker": look[row]["marker"]}
-        axis.scatter(100 * here["val_acc"], 100 * here["test_acc"], s=16, alpha=0.7, label=label, linewidths=0, **style)
+        axis.scatter(
+            100 * here["val_acc"], 100 * here["test_acc"], s=16, alpha=0.7, label=plain(label), linewidths=0, **style
+        )
     axis.grid(axis="x", color="0.9", linewidth=0.8)
     axis.set_xlabel("validation accuracy (%)")
     axis.set_ylabel("target accuracy (%)")
-    axis.set_title(dataset, fontsize="medium")
+    axis.set_title(plain(dataset), fontsize="medium")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     return figure
 
@@ -147,7 +154,7 @@ def gates(values: np.ndarray, title: str) -> Figure:
     axis.set_yticks(range(layers), [str(i) for i in range(1, layers + 1)])
     axis.set_xlabel("head")
     axis.set_ylabel("layer")
-    axis.set_title(title, fontsize="small")
+    axis.set_title(plain(title), fontsize="small")
     figure.colorbar(image, label="gate")
     return figure
 

@@ -2,7 +2,7 @@
 
 Expected are the jobs that a sweep lists; and for every row and data set, the trials that the data set has anywhere,
 each with the test environments and hparams seeds of that row. A job is missing unless it is done; one that no sweep
-lists, unless it has a record.
+lists, unless its last record is of the same step as the last of its row on this data set.
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ def find_missing(collected: Collected) -> list[Missing]:
     planned: dict[tuple[str, str], dict[Key, tuple[Job, bool]]] = defaultdict(dict)
     folders: dict[tuple[str, str], Path] = {}
     trials: dict[str, set[int]] = defaultdict(set)
-    num_envs = collected.frame.groupby("run")["num_envs"].max()
+    of_run = collected.frame.groupby("run")[["num_envs", "step"]].max().to_numpy()
+    last: dict[tuple[str, str], dict[Key, int]] = defaultdict(dict)
     count: dict[str, int] = defaultdict(int)
     for i, run in enumerate(collected.runs):
         place = run.row, run.args["dataset"]
-        have[place][key(run.args)] = run.args
+        k = key(run.args)
+        have[place][k] = run.args
+        last[place][k] = max(last[place].get(k, 0), int(of_run[i, 1]))
         folders.setdefault(place, Path(run.folder).parent)
-        count[run.args["dataset"]] = max(count[run.args["dataset"]], int(num_envs[i]))
+        count[run.args["dataset"]] = max(count[run.args["dataset"]], int(of_run[i, 0]))
     for plan in collected.planned:
         place = plan.row, plan.job.args["dataset"]
         planned[place][key(plan.job.args)] = plan.job, plan.done
@@ -80,7 +83,7 @@ def find_missing(collected: Collected) -> list[Missing]:
                 job, done = planned[place][k]
                 if not done:
                     found.append(Missing(row, job))
-            elif k not in have[place]:
+            elif last[place].get(k, -1) < max(last[place].values(), default=0):
                 like = planned[place][keys[-1]][0].args if planned[place] else have[place][keys[-1]]
                 found.append(Missing(row, alike(like, k, folders[place])))
     return found

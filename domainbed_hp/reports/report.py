@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from domainbed_hp import registry
 from domainbed_hp.model_selection import METHODS, SelectionMethod
 from domainbed_hp.reports import tables
 from domainbed_hp.reports.collected import Collected
@@ -25,6 +26,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """What the tables do not tell."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    no_runs: list[str] = field(default_factory=list)
+    """Rows that have nothing on a data set that others have something on."""
     published: list[PublishedTable] = field(default_factory=list)
 
     def by_method(self) -> Iterator[tuple[SelectionMethod, list[Table]]]:
@@ -37,7 +40,8 @@ class Report:
         return describe(
             each
             for each in self.missing
-            if table.dataset in (None, each.dataset)
+            if each.row in table.rows
+            and table.dataset in (None, each.dataset)
             and any(each.completes(each.row, each.dataset, env, table.method) for env in each.test_envs)
         )
 
@@ -46,19 +50,33 @@ def make(collected: Collected, cost_names: Sequence[str] = ()) -> Report:
     """The report of what was collected."""
     missing = find_missing(collected)
     built = [t for method in METHODS for t in tables.build(collected, method, missing, cost_names)]
-    notes = collected.notes + tables.no_runs(built, collected.frame)
-    started = sum(not planned.done and planned.job.folder.exists() for planned in collected.planned)
+    notes = collected.notes + unknown(collected) + tables.unpaired(built, collected.frame)
+    folders = {run.folder for run in collected.runs}
+    started = sum(not planned.done and str(planned.job.folder) in folders for planned in collected.planned)
     if started:
         notes.append(f"{started} jobs are not done; what they have recorded so far is counted")
-    return Report(built, len(collected.frame), missing, notes, provenance(collected))
+    no_runs = tables.no_runs(built, collected.frame)
+    return Report(built, len(collected.frame), missing, notes, provenance(collected), no_runs)
+
+
+def unknown(collected: Collected) -> list[str]:
+    """What the registry does not know, a line each."""
+    datasets, algorithms = (
+        sorted(set(collected.frame[name]) - set(known))
+        for name, known in (("dataset", registry.DATASETS), ("algorithm", registry.ALGORITHMS))
+    )
+    return [f"data set {name!r} is not registered: its environments are numbered" for name in datasets] + [
+        f"algorithm {name!r} is not registered: its rows come last" for name in algorithms
+    ]
 
 
 def provenance(collected: Collected) -> dict[str, Any]:
     """Where the numbers come from: what was launched, and what it ran on."""
     seen: dict[str, set[str]] = {}
     for run in collected.runs:
-        for name, value in run.versions.items():
-            seen.setdefault(name, set()).add(str(value))
+        for versions in run.versions:
+            for name, value in versions.items():
+                seen.setdefault(name, set()).add(str(value))
     return {
         "records": len(collected.frame),
         "runs": len(collected.runs),

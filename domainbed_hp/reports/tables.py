@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -181,8 +181,13 @@ def build(
 
     def table(dataset: str | None, columns: Sequence[str], cells: list[list[Cell]]) -> Table:
         told = costs(frame if dataset is None else frame[frame["dataset"] == dataset], rows, cost_names)
-        lines = tuple((*line, average(line)) for line in cells)
-        return Table(dataset, method, rows, (*columns, "Avg"), lines, told)
+        lines = []
+        for row, line in zip(rows, cells, strict=True):
+            # Planned on a data set without a record, hence without a column.
+            unseen = sum(n for (r, d, _), n in lacking.items() if r == row and d not in labels and dataset is None)
+            mean = average(line)
+            lines.append((*line, replace(mean, missing=mean.missing + unseen)))
+        return Table(dataset, method, rows, (*columns, "Avg"), tuple(lines), told)
 
     return [
         *(
@@ -201,21 +206,36 @@ def build(
 
 
 def no_runs(tables: Sequence[Table], frame: pd.DataFrame) -> list[str]:
-    """Why cells are X that no missing job would complete, a line each."""
+    """Rows without any run on a data set, a line each."""
+    there = set(zip(frame["row"], frame["dataset"], strict=True))
+    places = dict.fromkeys((row, table.dataset) for table in tables for row in table.rows if table.dataset)
+    return [f"{row}, {dataset}: no runs, hence X" for row, dataset in places if (row, dataset) not in there]
+
+
+def unpaired(tables: Sequence[Table], frame: pd.DataFrame) -> list[str]:
+    """Why leave-one-out has cells that are X though no job is missing, a line each."""
+    pairs = frame[frame["test_envs"].map(len) == 2]
+    paired, there = (set(zip(f["row"], f["dataset"], strict=True)) for f in (pairs, frame))
     lines = []
     for table in tables:
-        if table.dataset is None:
+        if table.dataset is None or table.method is not LeaveOneOut:
             continue
-        here = frame[frame["dataset"] == table.dataset]
-        there = set(here["row"])
-        lines += [f"{row}, {table.dataset}: no runs, hence X" for row in table.rows if row not in there]
-        if any(cell.mean is None and not cell.missing for cells in table.cells for cell in cells):
-            paired = set(here.loc[here["test_envs"].map(len) == 2, "row"])
-            without = [row for row in table.rows if row in there - paired]
-            lines += [
-                f"{row}, {table.dataset}: {table.method.name} needs runs with two test environments, "
-                "and there are none (a sweep with single_test_envs makes none), hence X"
-                for row in (without if paired else ["all rows"])
-                if table.method is LeaveOneOut
-            ]
-    return list(dict.fromkeys(lines))
+        at = dict(zip(table.rows, table.cells, strict=True))
+        rows = [
+            r
+            for r in table.rows
+            if (r, table.dataset) in there and any(c.mean is None and not c.missing for c in at[r])
+        ]
+        without = [row for row in rows if (row, table.dataset) not in paired]
+        who = ["all rows"] if without == [row for row in table.rows if (row, table.dataset) in there] else without
+        lines += [
+            f"{row}, {table.dataset}: {table.method.name} needs runs with two test environments, "
+            "and there are none (a sweep with single_test_envs makes none), hence X"
+            for row in who
+        ]
+        lines += [
+            f"{row}, {table.dataset}: {table.method.name} finds no step that a run and its pairs recorded once, hence X"
+            for row in rows
+            if row not in without
+        ]
+    return lines

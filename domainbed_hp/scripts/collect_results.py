@@ -6,6 +6,7 @@ jobs, broken lines, rows told apart) goes to stderr.
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--compare", nargs=2, metavar="ROW", help="the first row minus the second, paired, in place of tables"
     )
     p.add_argument("--missing", type=Path, metavar="FILE", help="write the missing jobs for `sweep launch --jobs FILE`")
-    p.add_argument("--strict", action="store_true", help="an error where a cell lacks a job or a line is broken")
+    p.add_argument("--strict", action="store_true", help="an error where a job is missing or records need an eye")
     return p
 
 
@@ -67,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.missing:
         write(args.missing, json.dumps(launchable(made.missing), indent=1) + "\n")
     tell(made, args.missing)
-    if args.strict and (made.missing or found.notes):
+    if args.strict and (made.missing or made.no_runs or found.notes):
         raise UsageError(
-            f"--strict: {len(made.missing)} jobs are missing and {len(found.notes)} notes are above; "
-            "nothing is printed. --missing FILE writes the jobs for `sweep launch --jobs FILE`"
+            f"--strict: {len(made.missing)} jobs are missing, {len(made.no_runs)} rows have no runs on a data set, "
+            f"{len(found.notes)} notes are on records: see above. Nothing is printed. "
+            "--missing FILE writes the jobs for `sweep launch --jobs FILE`"
         )
 
     comparisons = []
@@ -100,7 +102,7 @@ def nothing(input_dir: Path) -> UsageError:
 
 def tell(made: Report, written: Path | None) -> None:
     """What the tables do not show, on stderr."""
-    for note in made.notes:
+    for note in [*made.notes, *made.no_runs]:
         print(f"note: {note}", file=sys.stderr)
     lines = describe(made.missing)
     for line in lines[:SHOWN]:
@@ -108,7 +110,8 @@ def tell(made: Report, written: Path | None) -> None:
     if lines[SHOWN:]:
         print(f"missing: and {len(lines) - SHOWN} lines more; --json lists them all", file=sys.stderr)
     if lines and written:
-        print(f"To complete the tables: python -m domainbed_hp.scripts.sweep launch --jobs {written}", file=sys.stderr)
+        command = f"python -m domainbed_hp.scripts.sweep launch --jobs {shlex.quote(str(written))}"
+        print(f"To complete the tables: {command}", file=sys.stderr)
 
 
 def page(made: Report, found: Collected, title: str, comparisons: Sequence["Comparison"]) -> str:

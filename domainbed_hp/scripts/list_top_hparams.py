@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from domainbed_hp import registry
-from domainbed_hp.model_selection import METHODS
+from domainbed_hp.model_selection import METHODS, LeaveOneOut
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports import collected
 from domainbed_hp.reports.collected import Collected
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for trial, runs in ranked[ranked["test_env"] == args.test_env].groupby("trial_seed"):
             print(f"trial_seed: {trial}")
             for choice in runs.head(args.top).itertuples():
-                show(found, mine, choice)
+                show(found, mine[mine["test_envs"].map(len) <= (2 if method is LeaveOneOut else 1)], choice)
         print()
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_hp import registry
-from domainbed_hp.jobs import SWEEP_FILE, Job, listed, load_jobs
+from domainbed_hp.jobs import SWEEP_FILE, Job, listed, load_jobs, load_sweep
 from domainbed_hp.progress import Progress, estimate
 from domainbed_hp.registry import UsageError
 from domainbed_hp.runs import EXIT_TAKEN, State, Taken
@@ -136,7 +136,10 @@ def launch(spec: SweepSpec, args: argparse.Namespace, again: str, given: Sequenc
     print(f"About to launch {len(to_launch)} jobs.{more}", flush=True)
     if to_launch and not args.skip_confirmation and not confirmed():
         return 0
-    with listed(Path(spec.output_dir), described(spec, rows), jobs):
+    output_dir = Path(spec.output_dir)
+    # Jobs that are given are a part of a sweep, whose settings stay on record.
+    known = given and (output_dir / SWEEP_FILE).exists()
+    with listed(output_dir, load_sweep(output_dir)[0] if known else described(spec, rows), jobs):
         try:
             codes = launcher([job.command for job in to_launch]) if to_launch else []
         except KeyboardInterrupt:
@@ -228,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.jobs:
         if args.config:
             raise UsageError("--config with --jobs: either says what to launch; give one")
-        spec, jobs = read_jobs(args.jobs, flags)
+        sweeps = read_jobs(args.jobs, flags)
         known = ["import", *vars(train_parser().parse_args([]))]
-        if strange := [name for job in jobs for name in job.args if name not in known]:
+        if strange := [name for _, jobs in sweeps for job in jobs for name in job.args if name not in known]:
             raise registry.unknown(f"argument of train in {args.jobs}:", strange[0], known)
-        return launch(spec, args, shlex.join([*COMMAND, *argv]), jobs)
+        return max(launch(spec, args, shlex.join([*COMMAND, *argv]), jobs) for spec, jobs in sweeps)
     if args.command == "launch":
         spec = spec_from(args.config, flags)
         args.skip_confirmation |= not (args.config or flags) or spec.launcher == "dummy"  # the quickstart asks nothing
