@@ -63,20 +63,34 @@ def _leave_one_out(frame: pd.DataFrame) -> pd.DataFrame:
 
     Only where all these pairs exist, and one record of the run that left out t alone.
     """
-    together = frame.groupby(["row", "dataset", "trial_seed", "hparams_seed", "step"], sort=False).ngroup()
-    frame = frame.assign(together=together)  # a number for what must be equal in a run and its pairs
+    same = ["row", "dataset", "trial_seed", "hparams_seed", "step"]
+    frame = frame.assign(together=frame.groupby(same, sort=False).ngroup())  # a number for a run and its pairs
     pairs = frame[frame["test_envs"].map(len) == 2]
-    left_out: dict[tuple[int, int, int], float] = {}  # (together, t, v) -> env{v}_in_acc
-    for key, (a, b), accs in zip(pairs["together"], pairs["test_envs"], _accs(pairs, "in").tolist(), strict=True):
-        left_out[key, a, b], left_out[key, b, a] = accs[b], accs[a]
     single = _single(frame).drop_duplicates(["together", "test_env"], keep=False)
-    complete, val_accs = [], []
-    for key, t, num_envs in zip(single["together"], single["test_env"], single["num_envs"], strict=True):
-        others = [(key, t, v) for v in range(num_envs) if v != t]
-        complete.append(all(other in left_out for other in others))
-        if complete[-1]:
-            val_accs.append(sum(left_out[other] for other in others) / len(others))
-    return single[np.array(complete, dtype=bool)].assign(val_acc=np.array(val_accs, dtype=float))
+    if pairs.empty or single.empty:
+        return single.iloc[:0].assign(val_acc=0.0)
+    env = np.arange(_accs(frame, "in").shape[1])
+
+    def place(together: np.ndarray, t: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """(together, t, v) as one number."""
+        found: np.ndarray = (together * len(env) + t) * len(env) + v
+        return found
+
+    # env{v}_in_acc where t and v were left out, by place.
+    a, b = np.array([*pairs["test_envs"]]).T
+    together, accs, record = pairs["together"].to_numpy(), _accs(pairs, "in"), np.arange(len(pairs))
+    places, first = np.unique(np.concatenate([place(together, a, b), place(together, b, a)]), return_index=True)
+    left_out = np.concatenate([accs[record, b], accs[record, a]])[first]
+
+    t = single["test_env"].to_numpy()[:, None]
+    other = (env != t) & (env < single["num_envs"].to_numpy()[:, None])  # (records, envs)
+    wanted = place(single["together"].to_numpy()[:, None], t, env)
+    at = np.searchsorted(places, wanted).clip(max=len(places) - 1)
+    complete = ((places[at] == wanted) | ~other).all(axis=1)
+    total = np.zeros(len(single))
+    for v in env:  # in this order: sums that DomainBed finds equal must be
+        total += np.where(other[:, v], left_out[at[:, v]], 0)
+    return single.assign(val_acc=total / other.sum(axis=1)).loc[complete]
 
 
 def _oracle(frame: pd.DataFrame) -> pd.DataFrame:
