@@ -90,7 +90,7 @@ def _leave_one_out(frame: pd.DataFrame) -> pd.DataFrame:
     total = np.zeros(len(single))
     for v in env:  # in this order: sums that DomainBed finds equal must be
         total += np.where(other[:, v], left_out[at[:, v]], 0)
-    return single.assign(val_acc=total / other.sum(axis=1)).loc[complete]
+    return single[complete].assign(val_acc=(total / other.sum(axis=1))[complete])
 
 
 def _oracle(frame: pd.DataFrame) -> pd.DataFrame:
