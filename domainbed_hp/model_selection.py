@@ -86,7 +86,7 @@ def _leave_one_out(frame: pd.DataFrame) -> pd.DataFrame:
     other = (env != t) & (env < single["num_envs"].to_numpy()[:, None])  # (records, envs)
     wanted = place(single["together"].to_numpy()[:, None], t, env)
     at = np.searchsorted(places, wanted).clip(max=len(places) - 1)
-    complete = ((places[at] == wanted) | ~other).all(axis=1)
+    complete: np.ndarray = ((places[at] == wanted) | ~other).all(axis=1)
     total = np.zeros(len(single))
     for v in env:  # in this order: sums that DomainBed finds equal must be
         total += np.where(other[:, v], left_out[at[:, v]], 0)
