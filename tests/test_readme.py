@@ -68,7 +68,7 @@ def test_quickstart_prints_a_table_that_compiles(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     table = shell(collect, tmp_path)
     assert table.returncode == 0, table.stderr
-    assert re.search(r"^HeadPurification & \d", table.stdout, re.MULTILINE)
+    assert re.search(r"^HeadPurification & (\\\w+\{)?\d", table.stdout, re.MULTILINE)
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
     (tmp_path / "table.tex").write_text(table.stdout)
