@@ -51,6 +51,12 @@ def test_the_interval_is_around_the_mean_and_narrows_with_trials():
     assert many.high - many.low == pytest.approx(2 * 1.96 * 2 / 80**0.5, rel=0.2)
 
 
+def test_the_interval_makes_up_for_few_trials():
+    """Of gains 0 and 2, the outermost resamples: a deviation of 1, stretched by sqrt(2)."""
+    found = first(paired([[0.0, 0.02]])).differences[0]
+    assert (found.low, found.high) == pytest.approx((1 - 2**0.5, 1 + 2**0.5))
+
+
 def test_equal_rows_do_not_differ():
     found = first(paired([[0.0] * 6, [0.0] * 6]))
     assert [(d.mean, d.p, d.low, d.high) for d in found.differences] == [(0, 1, 0, 0)] * 3
