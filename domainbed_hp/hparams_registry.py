@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_hp.registry import ALGORITHMS, UsageError, load, unknown
+from domainbed_hp.registry import ALGORITHMS, AVERAGES, UsageError, load, unknown
 from domainbed_hp.seeds import seed_hash
 
 SMALL_IMAGES = ("Debug28",)
@@ -28,6 +28,8 @@ class HParam:
     help: str = ""
     choices: tuple[Any, ...] = ()
     at_least: float | None = None
+    plugins: dict[str, str] | None = None
+    """A table of `registry` that the value is a name in; what it stands for brings `HPARAMS` of its own."""
 
     def draw(self, name: str, seed: int) -> Any:
         """The value of random seed `seed`; numpy scalars become Python's, so that JSON can hold them."""
@@ -46,6 +48,8 @@ class HParam:
                 f"hparam {name}: got {value!r} ({type(value).__name__}), "
                 f"expected {kind.__name__}, e.g. {self.default!r}"
             )
+        if self.plugins is not None and value != self.default:
+            load(self.plugins, name, value)
         if self.choices and value not in self.choices:
             raise UsageError(f"hparam {name}: got {value!r}, known: {', '.join(map(repr, self.choices))}")
         if self.at_least is not None and not value >= self.at_least:
@@ -63,20 +67,38 @@ def choice(*values: Any) -> Callable[[np.random.RandomState], Any]:
     return lambda r: r.choice(values)
 
 
-def known(algorithm: str, dataset: str) -> dict[str, HParam]:
-    """The hparams that `algorithm` reads; imports the algorithm."""
-    hparams: dict[str, HParam] = load(ALGORITHMS, "algorithm", algorithm).hparams_for(dataset)
-    return hparams
+TRAINING_HPARAMS = {
+    "average": HParam("none", plugins=AVERAGES, help="weights over time that are scored: none, or a name"),
+    "sharpness": HParam("none", choices=("none", "sam", "disam"), help="climb before each step"),
+    "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: length of the climb", at_least=0),
+    "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: weight of the variance of domains' losses", at_least=0),
+}
+"""What the harness does for every algorithm."""
 
 
-def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
+def known(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, HParam]:
+    """The hparams of a run of `algorithm` that makes the choices in `overrides`; imports the algorithm.
+
+    A choice from a table of plugins, such as prompt=coop, brings hparams of its own.
+    """
+    table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).hparams_for(dataset)
+    for name, hparam in list(table.items()):
+        value = (overrides or {}).get(name, hparam.default)
+        if hparam.plugins is not None and value != "none":
+            table = load(hparam.plugins, name, value).HPARAMS | table
+    return table
+
+
+def default_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The defaults, `hparams_seed` 0."""
-    return {name: h.default for name, h in known(algorithm, dataset).items()}
+    return {name: h.default for name, h in known(algorithm, dataset, overrides).items()}
 
 
-def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
+def random_hparams(
+    algorithm: str, dataset: str, seed: int, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One random draw of every hparam."""
-    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset).items()}
+    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset, overrides).items()}
 
 
 def resolve(
@@ -86,11 +108,11 @@ def resolve(
 
     Source of the seeds: DomainBed's scripts/train.py, `random_hparams(..., seed_hash(hparams_seed, trial_seed))`.
     """
-    table = known(algorithm, dataset)
+    table = known(algorithm, dataset, overrides)
     if hparams_seed == 0:
-        hparams = default_hparams(algorithm, dataset)
+        hparams = default_hparams(algorithm, dataset, overrides)
     else:
-        hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed))
+        hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed), overrides)
     for name, value in overrides.items():
         # DEVIATION: DomainBed takes any name and any type, and trains with the default.
         if name not in table:

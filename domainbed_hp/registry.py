@@ -18,9 +18,41 @@ ALGORITHMS: dict[str, str] = {
     "ZeroShotCLIP": "domainbed_hp.algorithms.zero_shot_clip:ZeroShotCLIP",
     "ERM": "domainbed_hp.algorithms.erm:ERM",
     "FineTuneCLIP": "domainbed_hp.algorithms.fine_tune_clip:FineTuneCLIP",
+    "FrozenCLIP": "domainbed_hp.algorithms.frozen_clip:FrozenCLIP",
+    "CLIPAdapter": "domainbed_hp.algorithms.clip_adapter:CLIPAdapter",
+    "VPT": "domainbed_hp.algorithms.vpt:VPT",
+    "LPFT": "domainbed_hp.algorithms.lpft:LPFT",
+    "FLYP": "domainbed_hp.algorithms.flyp:FLYP",
+    "CLIPood": "domainbed_hp.algorithms.clipood:CLIPood",
+    "MIRO": "domainbed_hp.algorithms.miro:MIRO",
+    "CLIPLoRA": "domainbed_hp.algorithms.clip_lora:CLIPLoRA",
     "LoRA": "domainbed_hp.algorithms.lora:LoRA",
     "HeadPurification": "domainbed_hp.algorithms.head_purification:HeadPurification",
 }
+
+PROMPTS: dict[str, str] = {
+    "template": "domainbed_hp.prompts.fixed:Template",
+    "ensemble": "domainbed_hp.prompts.fixed:Ensemble",
+    "coop": "domainbed_hp.prompts.coop:CoOp",
+    "cocoop": "domainbed_hp.prompts.cocoop:CoCoOp",
+    "dpl": "domainbed_hp.prompts.dpl:DPL",
+    "duprg": "domainbed_hp.prompts.duprg:DUPRG",
+    "promptstyler": "domainbed_hp.prompts.prompt_styler:PromptStyler",
+    "maple": "domainbed_hp.prompts.maple:MaPLe",
+    "text_tower": "domainbed_hp.prompts.text_tower:TunedTextTower",
+    "text_lora": "domainbed_hp.prompts.text_tower:TextLoRA",
+    "from_text": "domainbed_hp.prompts.linear:FromText",
+    "random": "domainbed_hp.prompts.linear:RandomLinear",
+}
+"""The text side of a CLIP algorithm, hparam `prompt`."""
+
+AVERAGES: dict[str, str] = {
+    "sma": "domainbed_hp.averages:SimpleMovingAverage",
+    "beta": "domainbed_hp.averages:BetaMovingAverage",
+    "swad": "domainbed_hp.averages:SWAD",
+    "wise": "domainbed_hp.averages:WiSE",
+}
+"""Weights over time, hparam `average` of every algorithm."""
 
 DATASETS: dict[str, str] = {
     "Debug28": "domainbed_hp.datasets.debug:DEBUG28",

@@ -9,7 +9,7 @@ from helpers import make
 
 from domainbed_hp.networks import clip
 from domainbed_hp.networks.clip import MINI, clip_pixels, find_clip, load_clip
-from domainbed_hp.networks.prompts import class_prompts
+from domainbed_hp.prompts.base import class_prompts
 from domainbed_hp.registry import UsageError
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers import images, make, randomize
 
 from domainbed_hp.models import Recipe, save_model
-from domainbed_hp.networks.prompts import class_prompts
+from domainbed_hp.prompts.base import class_prompts
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.export import main as export
 from domainbed_hp.scripts.train import main as train

@@ -57,6 +57,16 @@ class Algorithm(nn.Module):
         """The images that this method wants, known without building it; `image_size` is the data set's own."""
         return Pixels(image_size)
 
+    @classmethod
+    def frozen(cls, hparams: dict[str, Any]) -> bool:
+        """Whether `encode(x)` never changes, and features in place of images pass `update` and `predict`."""
+        return False
+
+    @classmethod
+    def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        """Under what terms this method's numbers stand, for every record: plain values."""
+        return {}
+
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
         """One training step on one minibatch per training environment; returns what to log."""
         raise NotImplementedError(f"{type(self).__name__}.update")

@@ -1,9 +1,13 @@
-"""What the CLIP methods share: a frozen image tower, the text classifier, cross-entropy, AdamW with a cosine."""
+"""What the CLIP methods share: an image tower, frozen until a subclass says otherwise, and a text side.
+
+The two are orthogonal. A subclass is an image side: it unfreezes or adds parameters to `tower` and says what trains
+them. The text side is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp.prompts`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +17,15 @@ from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.normalise import Normalise
-from domainbed_hp.networks.prompts import TEMPLATE, class_prompts
 from domainbed_hp.networks.vit import Trace
-from domainbed_hp.registry import UsageError
+from domainbed_hp.prompts.base import prompt_class, text_side
+from domainbed_hp.registry import PROMPTS, UsageError
 
 CLIP_HPARAMS = {
     "clip_model": HParam("ViT-B-16-quickgelu", help="open_clip model name, or mini"),
     "clip_pretrained": HParam("openai", help="tag, checkpoint file, local-dir:FOLDER, or random"),
-    "template": HParam(TEMPLATE, help="prompt of a class; {} is its name"),
+    "prompt": HParam("template", plugins=PROMPTS, help="the text side"),
+    "augmentation": HParam("crop_flip", choices=("crop_flip", "domainbed", "none"), help="of training images"),
     "input_norm": HParam("none", choices=("none", "imagenet"), help="imagenet: x comes normalised, as in DomainBed"),
     "batch_size": HParam(12, choice(8, 12, 16, 24), "images per environment", at_least=1),
 }
@@ -31,12 +36,14 @@ ADAMW_HPARAMS = {
 
 
 class ClipAlgorithm(Algorithm):
-    """CLIP with a frozen text classifier: logits = T * cos(image feature, text feature of the class).
+    """CLIP: logits = T * cos(image feature, text feature of the class), or whatever the text side makes of it.
 
-    Nothing trains until a subclass says so: it unfreezes or adds parameters to `tower`, then calls `train_with`.
+    Of the image tower nothing trains until a subclass says so: it unfreezes or adds parameters, then calls
+    `train_with`. A text side that trains has an optimizer of its own.
     """
 
     HPARAMS = CLIP_HPARAMS
+    IMAGE_SIDE_TRAINS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -55,64 +62,98 @@ class ClipAlgorithm(Algorithm):
             )
         clip = load_clip(hparams["clip_model"], hparams["clip_pretrained"])
         self.tower = clip.visual.requires_grad_(False)
-        text = clip.text_features(class_prompts(class_names, hparams["template"]))  # the text tower is dropped here
-        self.register_buffer("class_features", text, persistent=False)  # (C, E), unit-norm
-        self.class_features: Tensor
+        self.text = text_side(clip, class_names, hparams)  # the text tower is dropped here, unless this keeps it
+        self.text.attach(self.tower)
         self.logit_scale = clip.logit_scale
         self.domainbed_norm = Normalise()
         self.optimizer: torch.optim.Optimizer | None = None
+        self.schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+        self.text_optimizer = self.text.optimizer()
+        self.text_schedule = self.cosine(self.text_optimizer)
 
     @classmethod
     def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
-        """The tower's own size and interpolation, short side and centre crop; training crops and flips."""
+        """The tower's own size and interpolation, short side and centre crop."""
         source = find_clip(hparams["clip_model"], hparams["clip_pretrained"])
-        return Pixels(*source.pixels, augmentation="crop_flip")
+        return Pixels(*source.pixels, augmentation=hparams["augmentation"])
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         find_clip(hparams["clip_model"], hparams["clip_pretrained"])
-        class_prompts([], hparams["template"])
+        prompt_class(hparams["prompt"]).validate(hparams)
+
+    @classmethod
+    def frozen(cls, hparams: dict[str, Any]) -> bool:
+        return not cls.IMAGE_SIDE_TRAINS and not prompt_class(hparams["prompt"]).REACHES_IN
+
+    @classmethod
+    def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        source, text = find_clip(hparams["clip_model"], hparams["clip_pretrained"]), prompt_class(hparams["prompt"])
+        return {
+            "weights": f"{hparams['clip_model']}, {hparams['clip_pretrained']}",
+            "quick_gelu": bool(source.model_cfg.get("quick_gelu", False)),
+            "prompt": hparams["prompt"],
+            "template": hparams.get("template", "learned" if text.TRAINS else "its own"),
+            "transductive": text.transductive(hparams),
+            "source_free": not cls.IMAGE_SIDE_TRAINS and not text.TRAINS,
+        }
 
     def train_with(self, *groups: dict[str, Any]) -> None:
-        """AdamW over parameter groups, cosine to 0 over `hparams["steps"]` (which the harness gives; else constant)."""
+        """AdamW over parameter groups, with the cosine."""
         self.optimizer = torch.optim.AdamW(groups)
-        self.schedule = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.hparams["steps"])
-            if "steps" in self.hparams
-            else None
-        )
+        self.schedule = self.cosine(self.optimizer)
+
+    def cosine(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """To 0 over `hparams["steps"]`, which the harness gives; else constant."""
+        if optimizer is None or "steps" not in self.hparams:
+            return None
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams["steps"])
 
     def step(self) -> None:
-        """One optimizer step and one step of the schedule."""
-        assert self.optimizer is not None
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
+        """One step of each optimizer and its schedule."""
+        for part in (self.optimizer, self.text_optimizer, self.schedule, self.text_schedule):
+            if part is not None:
+                part.step()
 
     def encode(self, x: Tensor, trace: list[Trace] | None = None) -> Tensor:
-        """Unit-norm image features (B, E), in fp32 or better."""
+        """Image features (B, E), not unit-norm, in fp32 or better; x that already is features passes."""
+        if x.dim() == 2:
+            return x
         if self.hparams["input_norm"] == "imagenet":  # a stock DomainBed checkout normalises before us
             x = self.domainbed_norm.undo(x)
         features = self.tower(x, trace)
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Unit-norm image features (B, E) -> logits (B, C)."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.logit_scale * features @ self.class_features.T
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
     def predict(self, x: Tensor) -> Tensor:
-        return self.classify(self.encode(x))
+        logits: Tensor = self.text(self.encode(x))
+        return logits
+
+    def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        """The terms whose sum trains, scalars with their graphs: here cross-entropy over all environments' images."""
+        x, y = join(minibatches)
+        return {"ce": F.cross_entropy(self.text(self.encode(x), sizes(minibatches)), y)}
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
-        """One step of cross-entropy over all environments' images."""
-        x, y = join(minibatches)
-        loss = F.cross_entropy(self.predict(x), y)
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-            loss.backward()
+        """One step down the sum of `losses`, and of the text side's own."""
+        losses = self.losses(minibatches) | self.text.losses()
+        if self.optimizer is not None or self.text_optimizer is not None:
+            self.zero_grad()
+            torch.stack(list(losses.values())).sum().backward()
             self.step()
-        return {"ce": loss.item()}
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def merge(self) -> dict[str, Tensor]:
+        """The weights of a plain CLIP that computes the same, under open_clip's names; `UsageError` if there is none."""
+        if list(self.tower.prompts()):
+            raise UsageError(
+                f"{type(self).__name__} with prompt={self.hparams['prompt']} adds tokens; no plain CLIP does"
+            )
+        return self.tower.merge() | self.text.merge()
+
+
+def sizes(minibatches: list[Minibatch]) -> list[int]:
+    """Images of each environment."""
+    return [len(x) for x, _ in minibatches]
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

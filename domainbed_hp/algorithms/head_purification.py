@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_hp.algorithms.base import Minibatch, join
-from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, sizes
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.mmd import KERNELS, mmd
 from domainbed_hp.networks.vit import Trace
+from domainbed_hp.prompts.base import unit
 from domainbed_hp.registry import UsageError
 
 
@@ -86,8 +87,8 @@ class HeadPurification(ClipAlgorithm):
         x, y = join(minibatches)
         trace: list[Trace] = []
         features = self.encode(x, trace)
-        ce = F.cross_entropy(self.classify(features), y)
-        return {"ce": ce, "mmd": self.discrepancy(features, trace, [len(x) for x, _ in minibatches])[0]}
+        ce = F.cross_entropy(self.text(features, sizes(minibatches)), y)
+        return {"ce": ce, "mmd": self.discrepancy(features, trace, sizes(minibatches))[0]}
 
     def discrepancy(
         self, features: Tensor, trace: list[Trace], sizes: list[int], scales: list[Tensor] | None = None
@@ -96,8 +97,7 @@ class HeadPurification(ClipAlgorithm):
 
         At `output` of the unit-norm image feature; at `layers` of every layer's class token, mean over layers.
         """
-        if self.hparams["mmd_level"] == "layers":
-            features = self.layer_features(trace)  # (layers, B, D)
+        features = self.layer_features(trace) if self.hparams["mmd_level"] == "layers" else unit(features)
         with torch.autocast(features.device.type, enabled=False):
             return mmd(features.split(sizes, dim=-2), self.hparams["mmd_kernel"], scales)
 
@@ -125,14 +125,15 @@ class HeadPurification(ClipAlgorithm):
         assert self.optimizer is not None
         frozen, use_mmd = self.stage()
         losses = self.losses(minibatches)
-        self.optimizer.zero_grad()
+        self.zero_grad()
 
         # The MMD's gradient goes to the routed parameters alone; one backward() of the sum could not do that.
         gradients: tuple[Tensor | None, ...] = ()
         if use_mmd and losses["mmd"].requires_grad:
             loss = self.hparams["mmd_weight"] * losses["mmd"]
             gradients = torch.autograd.grad(loss, self.routed, retain_graph=True, allow_unused=True)
-        losses["ce"].backward()
+        others = self.text.losses()
+        torch.stack([losses["ce"], *others.values()]).sum().backward()
         for parameter, gradient in zip(self.routed, gradients, strict=False):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -141,7 +142,7 @@ class HeadPurification(ClipAlgorithm):
             parameter.grad = None
         self.step()
         self.steps_done += 1
-        return {name: loss.item() for name, loss in losses.items()}
+        return {name: loss.item() for name, loss in (losses | others).items()}
 
     def stage(self) -> tuple[list[nn.Parameter], bool]:
         """What this step leaves alone, and whether it uses the MMD.
@@ -162,6 +163,5 @@ class HeadPurification(ClipAlgorithm):
         x, _ = join(minibatches)
         trace: list[Trace] = []
         features = self.encode(x, trace)
-        sizes = [len(x) for x, _ in minibatches]
-        value, self.diagnosis_scales = self.discrepancy(features, trace, sizes, self.diagnosis_scales)
+        value, self.diagnosis_scales = self.discrepancy(features, trace, sizes(minibatches), self.diagnosis_scales)
         return {"val_mmd": value.item(), "gate_shift": (self.tower.gates() - 1).abs().max().item()}

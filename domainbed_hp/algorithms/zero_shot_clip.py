@@ -1,9 +1,23 @@
-"""Zero-shot CLIP (Radford et al., 2021): the text classifier on frozen image features. Nothing trains."""
+"""Zero-shot CLIP (Radford et al., 2021): the text classifier on frozen image features. Nothing trains on images."""
+
+from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
+from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.registry import UsageError
 
 
 class ZeroShotCLIP(ClipAlgorithm):
-    """argmax over classes of cos(image feature, text feature)."""
+    """argmax over classes of cos(image feature, text feature).
+
+    With a text side that trains on text alone (prompt=promptstyler, prompt=duprg) it is that source-free method.
+    """
 
     STEPS = 1
+    IMAGE_SIDE_TRAINS = False
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        super().validate(hparams)
+        if prompt_class(hparams["prompt"]).TRAINS:
+            raise UsageError(f"prompt={hparams['prompt']} trains on images: use it with FrozenCLIP, not ZeroShotCLIP")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from domainbed_hp import keep
+from domainbed_hp.networks.text import TextTower
 from domainbed_hp.networks.vit import VisionTower
 from domainbed_hp.registry import UsageError, unknown
 
@@ -110,7 +111,7 @@ def clip_pixels(model: str, pretrained: str) -> ClipPixels:
 
 @dataclass
 class Clip:
-    """A loaded CLIP. Drop it after `text_features` and the text tower goes; the image tower is a module of its own."""
+    """A loaded CLIP. Drop it and the text tower goes, unless `text_tower` took it; the image tower is its own."""
 
     source: ClipSource
     visual: VisionTower
@@ -130,6 +131,12 @@ class Clip:
         if self._key and keep.keeping:
             return _text_features(*self._key, tuple(prompts)).clone()
         return encode_prompts(self._model, self.source, prompts)
+
+    def text_tower(self) -> TextTower:
+        """The text tower, frozen, for prompts that are not plain text; call it once, and `text_features` before."""
+        if not isinstance(self._model, open_clip.CLIP):
+            raise UsageError(f"{self.source.name}: its text tower is not of CLIP's own kind; use prompt=template")
+        return TextTower(self._model, _tokenizer(self.source)).requires_grad_(False)
 
 
 def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[str]) -> Tensor:
@@ -166,21 +173,21 @@ def _text_features(model: str, pretrained: str, prompts: tuple[str, ...]) -> Ten
     return encode_prompts(_load(model, pretrained), find_clip(model, pretrained), prompts)
 
 
-def export_clip(source: ClipSource, visual: dict[str, Tensor], folder: Path) -> None:
-    """Write a folder for open_clip's `local-dir:`: the source checkpoint with its `visual.*` weights replaced.
+def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write a folder for open_clip's `local-dir:`: the source checkpoint with these weights replaced.
 
-    `visual` must have exactly the source's `visual.*` names and shapes (ValueError).
+    `weights` must have the source's names and shapes, and all of its `visual.*` (ValueError).
     """
     if source.random:
         raise UsageError(
             "clip_pretrained=random cannot be exported: its text tower is gone. Train from a checkpoint file."
         )
     state = _create(source).state_dict()
-    expected = {k: v.shape for k, v in state.items() if k.startswith("visual.")}
-    if {k: v.shape for k, v in visual.items()} != expected:
-        raise ValueError(f"visual weights do not fit {source.name}: {sorted(expected.keys() ^ visual.keys())[:5]}")
+    expected = {k: v.shape for k, v in state.items() if k.startswith("visual.") or k in weights}
+    if {k: v.shape for k, v in weights.items()} != expected:
+        raise ValueError(f"weights do not fit {source.name}: {sorted(expected.keys() ^ weights.keys())[:5]}")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous().cpu() for k, v in (state | visual).items()}, folder / "open_clip_model.safetensors")
+    save_file({k: v.contiguous().cpu() for k, v in (state | weights).items()}, folder / "open_clip_model.safetensors")
     preprocess = {k: source.preprocess[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     config = {"model_cfg": source.model_cfg, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -22,26 +22,31 @@ class HeadLoRA(nn.Module):
     """Low-rank change of W_q, W_k or W_v, head by head: head i's columns get dW_i = A_i B_i.
 
     `shared` is conventional LoRA: one A for all heads, so what one head learns moves the others.
-    Parameters: H r (D + Dh); shared 2 D r.
+    `scale` multiplies dW, `dropout` drops the input of A. Parameters: H r (D + Dh); shared 2 D r.
     """
 
-    def __init__(self, width: int, num_heads: int, rank: int, shared: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.scale, self.dropout = num_heads, scale, dropout
         self.lora_A = nn.Parameter(torch.empty(1 if shared else num_heads, width, rank))
         self.lora_B = nn.Parameter(torch.zeros(num_heads, rank, width // num_heads))
         nn.init.uniform_(self.lora_A, -(width**-0.5), width**-0.5)  # Kaiming-uniform (a = sqrt 5), fan-in D per head
 
     def forward(self, x: Tensor) -> Tensor:
         """x dW, (B, N, D) -> (B, N, D), on activations: one product with all A, then one small product a head."""
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         z = (x @ self.lora_A.transpose(0, 1).flatten(1)).unflatten(-1, (len(self.lora_A), -1))  # (B, N, H or 1, r)
+        lora_B = self.scale * self.lora_B
         if len(self.lora_A) == 1:
-            return torch.matmul(z.squeeze(-2), self.lora_B.transpose(0, 1).flatten(1))
-        return torch.einsum("bnhr,hrd->bnhd", z, self.lora_B).flatten(-2)
+            return torch.matmul(z.squeeze(-2), lora_B.transpose(0, 1).flatten(1))
+        return torch.einsum("bnhr,hrd->bnhd", z, lora_B).flatten(-2)
 
     def delta(self) -> Tensor:
         """dW, (D, D)."""
-        return (self.lora_A @ self.lora_B).transpose(0, 1).flatten(1)
+        return self.scale * (self.lora_A @ self.lora_B).transpose(0, 1).flatten(1)
 
 
 class OutputHeadLoRA(nn.Module):
@@ -50,22 +55,27 @@ class OutputHeadLoRA(nn.Module):
     `shared`: one B for all heads, which is conventional LoRA. Parameters as `HeadLoRA`.
     """
 
-    def __init__(self, width: int, num_heads: int, rank: int, shared: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.scale, self.dropout = scale, dropout
         self.lora_A = nn.Parameter(torch.empty(num_heads, width // num_heads, rank))
         self.lora_B = nn.Parameter(torch.zeros(1 if shared else num_heads, rank, width))
         nn.init.uniform_(self.lora_A, -(width**-0.5), width**-0.5)
 
     def forward(self, heads: Tensor) -> Tensor:
         """heads dW, (B, N, H, Dh) -> (B, N, D)."""
-        z = torch.einsum("bnhd,hdr->bnhr", heads, self.lora_A)
+        if self.dropout:
+            heads = F.dropout(heads, self.dropout, self.training)
+        z = self.scale * torch.einsum("bnhd,hdr->bnhr", heads, self.lora_A)
         if len(self.lora_B) == 1:
             return z.sum(-2) @ self.lora_B[0]
         return z.flatten(-2) @ self.lora_B.flatten(0, 1)
 
     def delta(self) -> Tensor:
         """dW, (D, D)."""
-        return (self.lora_A @ self.lora_B).flatten(0, 1)
+        return self.scale * (self.lora_A @ self.lora_B).flatten(0, 1)
 
 
 class HeadGate(nn.Module):
@@ -103,11 +113,12 @@ class HeadAttention(nn.Module):
     """Multi-head self-attention that takes over the weights of a pretrained one, under their own names.
 
     Accepts whatever has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`: `nn.MultiheadAttention` and
-    open_clip's own `Attention`. Without adapters and gates it computes the same.
+    open_clip's own `Attention`. Without adapters and gates it computes the same. `causal`: a token sees none behind it.
     """
 
-    def __init__(self, pretrained: Any) -> None:
+    def __init__(self, pretrained: Any, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.num_heads = int(pretrained.num_heads)
         self.in_proj_weight = pretrained.in_proj_weight  # (3 D, D)
         self.in_proj_bias = pretrained.in_proj_bias
@@ -116,11 +127,11 @@ class HeadAttention(nn.Module):
         self.adapters = nn.ModuleDict()
         self.gate: HeadGate | None = None
 
-    def add_adapters(self, targets: str, rank: int, shared: bool) -> None:
+    def add_adapters(self, targets: str, rank: int, shared: bool, scale: float = 1.0, dropout: float = 0.0) -> None:
         """Adapt the projections named in `targets`, any of the letters q, k, v, o; rank 0 adds none."""
         for target in targets if rank else "":
             kind = OutputHeadLoRA if target == "o" else HeadLoRA
-            self.adapters[target] = kind(self.width, self.num_heads, rank, shared)
+            self.adapters[target] = kind(self.width, self.num_heads, rank, shared, scale=scale, dropout=dropout)
 
     def add_gate(self, kind: GateKind, keep: int) -> None:
         """Gate the heads."""
@@ -133,8 +144,8 @@ class HeadAttention(nn.Module):
             (y + self.adapters[name](x) if name in self.adapters else y).unflatten(-1, (self.num_heads, -1))
             for name, y in (("q", q), ("k", k), ("v", v))
         )  # (B, N, H, Dh)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, N, Dh)
-        return y.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, Dh)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
 
     def project(self, heads: Tensor) -> Tensor:
         """Gate the heads, then the output projection, (B, N, H, Dh) -> (B, N, D). Its bias is not gated."""

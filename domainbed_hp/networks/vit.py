@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,10 +28,10 @@ class Trace(NamedTuple):
 class Block(nn.Module):
     """A pre-norm transformer block that takes over open_clip's, with `HeadAttention`."""
 
-    def __init__(self, pretrained: Any) -> None:
+    def __init__(self, pretrained: Any, causal: bool = False) -> None:
         super().__init__()
         self.ln_1, self.ls_1 = pretrained.ln_1, pretrained.ls_1
-        self.attn = HeadAttention(pretrained.attn)
+        self.attn = HeadAttention(pretrained.attn, causal)
         self.ln_2, self.mlp, self.ls_2 = pretrained.ln_2, pretrained.mlp, pretrained.ls_2
 
     def heads(self, x: Tensor) -> Tensor:
@@ -63,6 +63,9 @@ class VisionTower(nn.Module):
         blocks = nn.ModuleList(Block(b) for b in pretrained.transformer.resblocks)
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.normalise = Normalise(mean, std)
+        self.prompts: Callable[[], Sequence[Tensor]] = tuple
+        """Tokens (n, D) that stand behind the image's from the first layer on; the next ones replace them in the
+        second, and so on. Whoever sets it owns them."""
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -77,16 +80,25 @@ class VisionTower(nn.Module):
         """x (B, 3, S, S) -> image features (B, E), not unit-norm; appends one `Trace` a layer to `trace`."""
         x = self.conv1(self.normalise(x)).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)  # (B, N, D)
-        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
-        for block in self.blocks:
+        x = x + self.positional_embedding.to(x.dtype)
+        prompts = self.prompts()
+        if prompts:
+            x = torch.cat([x, prompts[0].expand(len(x), -1, -1).to(x.dtype)], dim=1)
+        x = self.ln_pre(x)
+        for i, block in enumerate(self.blocks):
+            if 0 < i < len(prompts):
+                x = torch.cat([x[:, : -len(prompts[i])], prompts[i].expand(len(x), -1, -1).to(x.dtype)], dim=1)
             x = block(x, trace)
         features: Tensor = self.ln_post(x[:, 0]) @ self.proj
         return features
 
-    def add_adapters(self, targets: str, rank: int, rank_last: int, shared: bool = False) -> list[nn.Parameter]:
+    def add_adapters(
+        self, targets: str, rank: int, rank_last: int, shared: bool = False, scale: float = 1.0, dropout: float = 0.0
+    ) -> list[nn.Parameter]:
         """HA-LoRA (or LoRA, `shared`) in every layer, with `rank_last` in the last two; returns the new parameters."""
         for i, block in enumerate(self.blocks):
-            block.attn.add_adapters(targets, rank_last if i >= len(self.blocks) - LAST_LAYERS else rank, shared)
+            r = rank_last if i >= len(self.blocks) - LAST_LAYERS else rank
+            block.attn.add_adapters(targets, r, shared, scale, dropout)
         return [p for block in self.blocks for p in block.attn.adapters.parameters()]
 
     def add_gates(self, kind: GateKind, keep: int) -> list[nn.Parameter]:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not isinstance(algorithm, ClipAlgorithm):
         raise UsageError(f"{args.run_dir}: {recipe.algorithm} is no CLIP under its text classifier")
     source = find_clip(recipe.hparams["clip_model"], recipe.hparams["clip_pretrained"])
-    export_clip(source, algorithm.tower.merge(), args.output_dir)
+    export_clip(source, algorithm.merge(), args.output_dir)
     print(f"open_clip.create_model_and_transforms('local-dir:{args.output_dir}')")
     return 0
 

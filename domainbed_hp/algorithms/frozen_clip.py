@@ -1,0 +1,25 @@
+"""A frozen image tower under a text side that trains: prompt learning (CoOp, ...), or a linear probe (prompt=random)."""
+
+from typing import Any
+
+from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
+from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.registry import PROMPTS, UsageError
+
+
+class FrozenCLIP(ClipAlgorithm):
+    """Only the text side trains, by cross-entropy. Without augmentation image features are computed once."""
+
+    # DEVIATION: CoOp and its followers crop and flip; augmentation=crop_flip does, and encodes every batch.
+    HPARAMS = CLIP_HPARAMS | {
+        "prompt": HParam("coop", plugins=PROMPTS, help="the text side"),
+        "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
+    }
+    IMAGE_SIDE_TRAINS = False
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        super().validate(hparams)
+        if not prompt_class(hparams["prompt"]).TRAINS:
+            raise UsageError(f"prompt={hparams['prompt']} has nothing to train on images: use ZeroShotCLIP")

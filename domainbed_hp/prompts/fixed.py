@@ -1,0 +1,51 @@
+"""Fixed prompts, zero-shot CLIP's (Radford et al., 2021): one template, or the mean over many."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+from torch import Tensor
+
+from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.networks.clip import Clip
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, unit
+
+
+class Template(TextSide):
+    """One prompt a class, `template` with its name."""
+
+    HPARAMS = TEMPLATE_HPARAMS
+    TRAINS = False
+
+    def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
+        super().__init__(clip, class_names, hparams)
+        self.register_buffer("features", self.features_of(clip), persistent=False)  # (C, E)
+        self.features: Tensor
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        class_prompts([], hparams["template"])
+
+    def features_of(self, clip: Clip) -> Tensor:
+        return clip.text_features(class_prompts(self.class_names, self.hparams["template"]))
+
+    def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
+        return self.features
+
+
+class Ensemble(Template):
+    """The mean of the text features of many templates, made unit-norm again."""
+
+    HPARAMS = {
+        "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates, or its 7")
+    }
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        pass
+
+    def features_of(self, clip: Clip) -> Tensor:
+        templates = {"imagenet80": OPENAI_IMAGENET_TEMPLATES, "imagenet7": SIMPLE_IMAGENET_TEMPLATES}
+        names = [name.replace("_", " ") for name in self.class_names]
+        prompts = [template(name) for name in names for template in templates[self.hparams["ensemble"]]]
+        return unit(clip.text_features(prompts).unflatten(0, (len(names), -1)).mean(1))

@@ -1,0 +1,73 @@
+"""The text tower trains, too, under a fixed template: in full (as FLYP does), or by low-rank changes (CLIP-LoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.networks.clip import Clip
+from domainbed_hp.networks.text import Sentences
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, unit
+
+
+class TunedTextTower(TextSide):
+    """Every parameter of the text tower trains but the token embeddings, of which a few would be seen.
+
+    It starts as the zero-shot classifier.
+    """
+
+    # DEVIATION: FLYP (Goyal et al., 2023) trains the token embeddings as well.
+    HPARAMS = TEMPLATE_HPARAMS | {
+        "prompt_lr": HParam(1e-5, log_uniform(10, -6, -4), "of the text tower: AdamW, cosine to 0", at_least=0),
+        "prompt_weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), at_least=0),
+    }
+
+    def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
+        super().__init__(clip, class_names, hparams)
+        self.tower = clip.text_tower()
+        self.sentences = Sentences(self.tower, "", 0, class_prompts(class_names, hparams["template"]))
+        self.trained = self.unfreeze()
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        class_prompts([], hparams["template"])
+
+    def unfreeze(self) -> list[torch.nn.Parameter]:
+        found = [p for name, p in self.tower.named_parameters() if not name.startswith("token_embedding")]
+        return [p.requires_grad_(True) for p in found]
+
+    def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
+        nothing = self.tower.positional_embedding.new_empty(1, 0, self.tower.width)
+        return unit(self.tower(self.sentences(nothing), self.sentences.ends))
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        h = self.hparams
+        return torch.optim.AdamW(self.trained, h["prompt_lr"], weight_decay=h["prompt_weight_decay"])
+
+    def merge(self) -> dict[str, Tensor]:
+        return self.tower.merge()
+
+
+class TextLoRA(TunedTextTower):
+    """Low-rank changes of W_q, W_k and W_v in every layer of the text tower (CLIP-LoRA, Zanella & Ben Ayed, 2024).
+
+    Scaled by alpha / sqrt(r), with dropout. Trainable parameters: 2 W r a projection; ViT-B/16 73,728.
+    """
+
+    HPARAMS = TEMPLATE_HPARAMS | {
+        "text_lora_rank": HParam(2, help="r of the text tower", at_least=1),
+        "text_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
+        "text_lora_dropout": HParam(0.25, help="on the input of A", at_least=0),
+        "text_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
+        "prompt_lr": HParam(2e-4, log_uniform(10, -5, -3), "of the text tower: AdamW, cosine to 0", at_least=0),
+        "prompt_weight_decay": HParam(0.01, log_uniform(10, -6, -2), at_least=0),
+    }
+
+    def unfreeze(self) -> list[torch.nn.Parameter]:
+        h, rank = self.hparams, self.hparams["text_lora_rank"]
+        scale = h["text_lora_alpha"] / rank**0.5
+        return self.tower.add_adapters(h["text_lora_targets"], rank, True, scale, h["text_lora_dropout"])
