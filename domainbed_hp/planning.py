@@ -90,6 +90,14 @@ class Plan:
         return Recipe(self.args.algorithm, self.hparams, self.steps, size, names, len(self.train_envs))
 
     @property
+    def protocol(self) -> dict[str, Any]:
+        """Under what terms the run's numbers stand: weights and text of the method, images, part of the target."""
+        size, resize, interpolation, augmentation = self.pixels
+        images = f"{size} px, {resize}, {interpolation}; training: {augmentation}"
+        share = 1 - self.args.holdout_fraction
+        return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.protocol(self.hparams)
+
+    @property
     def steps_per_epoch(self) -> float:
         """As DomainBed's: of the smallest environment, test environments included."""
         return min(len(split["in"]) for split in self.split) / float(self.hparams["batch_size"])

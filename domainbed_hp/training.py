@@ -156,7 +156,7 @@ class Training:
         self.held.check()
         self.columns = print_row(record, self.columns)
         record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions(run.device)}
-        record |= {"image_size": run.pixels.size, "trainable_params": self.trainable}
+        record |= {"image_size": run.pixels.size, "trainable_params": self.trainable, "protocol": run.protocol}
         records.append(run.output_dir, record)
         self.recorded.append(step)
         self.keep_models(record)

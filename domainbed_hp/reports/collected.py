@@ -52,6 +52,8 @@ class Run:
     versions: list[dict[str, Any]] = field(default_factory=list)
     """One after the other, where it was resumed under others."""
     image_size: int | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """Under what terms its numbers stand, as far as its method says."""
     row: str = ""
     """The row of the tables that it belongs to."""
 
@@ -138,7 +140,8 @@ def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = N
         if new_run:
             args, folder_of = record.get("args") or {}, folder
             check_args(args, f"a record of {folder}")
-            runs.append(Run(folder, args, record.get("hparams", {}), [], record.get("image_size")))
+            hparams, protocol = record.get("hparams", {}), record.get("protocol", {})
+            runs.append(Run(folder, args, hparams, [], record.get("image_size"), protocol))
         if "versions" in record and record["versions"] not in runs[-1].versions[-1:]:
             runs[-1].versions.append(record["versions"])
         before, keys = layout, tuple(record)

@@ -50,7 +50,7 @@ def make(collected: Collected, cost_names: Sequence[str] = ()) -> Report:
     """The report of what was collected."""
     missing = find_missing(collected)
     built = [t for method in METHODS for t in tables.build(collected, method, missing, cost_names)]
-    notes = collected.notes + unknown(collected) + tables.unpaired(built, collected.frame)
+    notes = collected.notes + unknown(collected) + terms(collected) + tables.unpaired(built, collected.frame)
     folders = {run.folder for run in collected.runs}
     started = sum(not planned.done and str(planned.job.folder) in folders for planned in collected.planned)
     if started:
@@ -68,6 +68,18 @@ def unknown(collected: Collected) -> list[str]:
     return [f"data set {name!r} is not registered: its environments are numbered" for name in datasets] + [
         f"algorithm {name!r} is not registered: its rows come last" for name in algorithms
     ]
+
+
+TERMS = {
+    "transductive": "predicts from all images of a test batch (transductive)",
+    "source_free": "never trained on images (source-free)",
+}
+
+
+def terms(collected: Collected) -> list[str]:
+    """Rows whose numbers stand under other terms than training on the sources and predicting image by image."""
+    rows = {name: dict.fromkeys(run.row for run in collected.runs if run.protocol.get(name)) for name in TERMS}
+    return [f"{', '.join(found)}: {TERMS[name]}" for name, found in rows.items() if found]
 
 
 def provenance(collected: Collected) -> dict[str, Any]:
