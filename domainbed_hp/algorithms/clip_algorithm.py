@@ -17,7 +17,7 @@ from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.normalise import Normalise
-from domainbed_hp.networks.vit import Trace
+from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import prompt_class, text_side
 from domainbed_hp.registry import PROMPTS, UsageError
 
@@ -103,11 +103,14 @@ class ClipAlgorithm(Algorithm):
         self.optimizer = torch.optim.AdamW(groups)
         self.schedule = self.cosine(self.optimizer)
 
-    def cosine(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """To 0 over `hparams["steps"]`, which the harness gives; else constant."""
-        if optimizer is None or "steps" not in self.hparams:
+    def cosine(
+        self, optimizer: torch.optim.Optimizer | None, steps: int | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """To 0 over `steps`, or all of `hparams["steps"]`, which the harness gives; else constant."""
+        steps = steps or self.hparams.get("steps")
+        if optimizer is None or steps is None:
             return None
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams["steps"])
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def step(self) -> None:
         """One step of each optimizer and its schedule."""
@@ -115,23 +118,27 @@ class ClipAlgorithm(Algorithm):
             if part is not None:
                 part.step()
 
-    def encode(self, x: Tensor, trace: list[Trace] | None = None) -> Tensor:
-        """Image features (B, E), not unit-norm, in fp32 or better; x that already is features passes."""
+    def encode(self, x: Tensor, trace: list[Trace] | None = None, tower: VisionTower | None = None) -> Tensor:
+        """Image features (B, E), not unit-norm, in fp32 or better, by `tower` or its own; features as x pass."""
         if x.dim() == 2:
             return x
         if self.hparams["input_norm"] == "imagenet":  # a stock DomainBed checkout normalises before us
             x = self.domainbed_norm.undo(x)
-        features = self.tower(x, trace)
+        features = (tower or self.tower)(x, trace)
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
-    def predict(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.text(self.encode(x))
+    def classify(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Logits (B, C) of image features (B, E); `sizes` of the domains in a training batch."""
+        logits: Tensor = self.text(features, sizes)
         return logits
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.classify(self.encode(x))
 
     def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         """The terms whose sum trains, scalars with their graphs: here cross-entropy over all environments' images."""
         x, y = join(minibatches)
-        return {"ce": F.cross_entropy(self.text(self.encode(x), sizes(minibatches)), y)}
+        return {"ce": F.cross_entropy(self.classify(self.encode(x), sizes(minibatches)), y)}
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
         """One step down the sum of `losses`, and of the text side's own."""

@@ -18,11 +18,12 @@ LAST_LAYERS = 2
 
 class Trace(NamedTuple):
     """What one layer computed: the residual stream before attention (B, N, D), the heads' outputs (B, N, H, Dh)
-    before gating, and the residual stream after attention (B, N, D)."""
+    before gating, and the residual stream after attention and after the MLP (B, N, D)."""
 
     before: Tensor
     heads: Tensor
     after: Tensor
+    output: Tensor
 
 
 class Block(nn.Module):
@@ -46,9 +47,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, trace: list[Trace] | None = None) -> Tensor:
         heads = self.heads(x)
         after = self.attend(x, heads)
-        if trace is not None:
-            trace.append(Trace(x, heads, after))
         y: Tensor = after + self.ls_2(self.mlp(self.ln_2(after)))
+        if trace is not None:
+            trace.append(Trace(x, heads, after, y))
         return y
 
 
