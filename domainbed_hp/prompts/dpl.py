@@ -1,0 +1,83 @@
+"""Domain prompt learning (Zhang et al., "Amortized Prompt: Lightweight Fine-Tuning for CLIP in Domain Generalization",
+arXiv 2111.12853, 2021; later "Domain Prompt Learning for Efficiently Adapting CLIP to Unseen Domains")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from domainbed_hp.hparams_registry import HParam, choice, log_uniform
+from domainbed_hp.networks.clip import Clip
+from domainbed_hp.networks.text import Sentences
+from domainbed_hp.prompts.base import TextSide, class_prompts
+from domainbed_hp.prompts.per_image import encode_each
+
+
+class DPL(TextSide):
+    """The prompt of a class is [p_1] ... [p_M] name., p the mean over a domain's images of MLP(image feature).
+
+    In training each source domain has its own p. In evaluation each image has, as a domain of one.
+    Trainable parameters, with a hidden width h: (E h + h) + (h^2 + h) + (h M W + M W); ViT-B/16 4,727,808.
+    """
+
+    # DEVIATION: theirs evaluates with the mean over the test batch, so that a prediction depends on the other images
+    # (dpl_transductive=true). The release trains with all K C text features and labels 0 to C - 1, so that only the
+    # first domain's are ever right (dpl_released_labels=true), and at a constant learning rate; its MLP reads image
+    # features of their own length, ours of the one length dpl_scale.
+    HPARAMS = {
+        "prompt_tokens": HParam(16, choice(2, 4, 8, 16), "M", at_least=1),
+        "prompt_lr": HParam(1e-3, log_uniform(10, -4.5, -2.5), "of the MLP: SGD, cosine to 0", at_least=0),
+        "prompt_weight_decay": HParam(0.0, help="of the MLP", at_least=0),
+        "dpl_momentum": HParam(0.1, choice(0.0, 0.1, 0.2), "of its SGD", at_least=0),
+        "dpl_width": HParam(512, choice(256, 512), "hidden width of the MLP", at_least=1),
+        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "in its two hidden layers", at_least=0),
+        "dpl_scale": HParam(10.0, help="length of the image features it reads; CLIP's own are about 10", at_least=0),
+        "dpl_transductive": HParam(False, help="evaluation: one prompt, the mean over the batch, as released"),
+        "dpl_released_labels": HParam(False, help="training: K C text features, labels 0 to C - 1, as released"),
+    }
+    PER_IMAGE = True
+
+    def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
+        super().__init__(clip, class_names, hparams)
+        self.tower = clip.text_tower()
+        tokens, width, dropout = hparams["prompt_tokens"], hparams["dpl_width"], hparams["dpl_dropout"]
+        self.sentences = Sentences(self.tower, "", tokens, class_prompts(class_names, "{}."))
+        self.mlp = nn.Sequential(
+            nn.Linear(clip.embed_dim, width),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Linear(width, tokens * self.tower.width),
+            nn.Unflatten(-1, (tokens, self.tower.width)),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.constant_(layer.bias, 0.01)
+
+    @classmethod
+    def transductive(cls, hparams: dict[str, Any]) -> bool:
+        return bool(hparams["dpl_transductive"])
+
+    def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
+        prompts = self.mlp(self.hparams["dpl_scale"] * images)  # (B, M, W)
+        if sizes is None:
+            if self.hparams["dpl_transductive"]:
+                return encode_each(self.tower, self.sentences, prompts.mean(0, keepdim=True))[0]
+            return encode_each(self.tower, self.sentences, prompts)
+        domains = torch.stack([domain.mean(0) for domain in prompts.split(list(sizes))])  # (K, M, W)
+        text = encode_each(self.tower, self.sentences, domains)  # (K, C, E)
+        if self.hparams["dpl_released_labels"]:
+            return text.flatten(0, 1)
+        return text.repeat_interleave(torch.tensor(sizes, device=text.device), dim=0, output_size=len(images))
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        h = self.hparams
+        return torch.optim.SGD(
+            self.mlp.parameters(), h["prompt_lr"], momentum=h["dpl_momentum"], weight_decay=h["prompt_weight_decay"]
+        )
