@@ -93,9 +93,9 @@ class ClipAlgorithm(Algorithm):
             "weights": f"{hparams['clip_model']}, {hparams['clip_pretrained']}",
             "quick_gelu": bool(source.model_cfg.get("quick_gelu", False)),
             "prompt": hparams["prompt"],
-            "template": hparams.get("template", "learned" if text.TRAINS else "its own"),
+            "template": hparams.get("template", "learned" if text.TRAINS or text.SOURCE_FREE else "its own"),
             "transductive": text.transductive(hparams),
-            "source_free": not cls.IMAGE_SIDE_TRAINS and not text.TRAINS,
+            "source_free": not cls.IMAGE_SIDE_TRAINS and (text.SOURCE_FREE or not text.TRAINS),
         }
 
     def train_with(self, *groups: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class ClipAlgorithm(Algorithm):
             return x
         if self.hparams["input_norm"] == "imagenet":  # a stock DomainBed checkout normalises before us
             x = self.domainbed_norm.undo(x)
-        features = (tower or self.tower)(x, trace)
+        features: Tensor = (self.tower if tower is None else tower)(x, trace)
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
     def classify(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:

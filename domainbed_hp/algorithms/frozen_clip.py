@@ -21,5 +21,5 @@ class FrozenCLIP(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if not prompt_class(hparams["prompt"]).TRAINS:
+        if not prompt_class(hparams["prompt"]).trains(hparams):
             raise UsageError(f"prompt={hparams['prompt']} has nothing to train on images: use ZeroShotCLIP")

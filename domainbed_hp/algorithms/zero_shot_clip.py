@@ -19,5 +19,5 @@ class ZeroShotCLIP(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if prompt_class(hparams["prompt"]).TRAINS:
-            raise UsageError(f"prompt={hparams['prompt']} trains on images: use it with FrozenCLIP, not ZeroShotCLIP")
+        if prompt_class(hparams["prompt"]).trains(hparams):
+            raise UsageError(f"prompt={hparams['prompt']} trains at every step: use it with FrozenCLIP, not ZeroShotCLIP")

@@ -53,6 +53,11 @@ class TextSide(nn.Module):
         """`UsageError` for hparams that do not go together, before anything is built."""
 
     @classmethod
+    def trains(cls, hparams: dict[str, Any]) -> bool:
+        """`TRAINS`, where it depends on hparams."""
+        return cls.TRAINS
+
+    @classmethod
     def transductive(cls, hparams: dict[str, Any]) -> bool:
         """Whether a prediction depends on the other images of its batch."""
         return False
