@@ -1,0 +1,76 @@
+"""LP-FT: linear probing, then fine-tuning.
+
+Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, trainable
+from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.registry import PROMPTS, UsageError
+
+
+class LPFT(ClipAlgorithm):
+    """First the classifier alone trains (linear probing), then all of it together with the image tower.
+
+    The probe has the text side's own optimizer, fine-tuning one learning rate for both; each anneals over its part.
+    Trainable parameters: the tower and the text side; ViT-B/16 86,192,640 + 513 C.
+    """
+
+    # DEVIATION: the release probes to convergence, on features that it keeps; here both share the steps of a run.
+    HPARAMS = (
+        CLIP_HPARAMS
+        | ADAMW_HPARAMS
+        | {
+            "prompt": HParam("random", plugins=PROMPTS, help="the text side; random: a linear probe"),
+            "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "of fine-tuning: AdamW, cosine to 0", at_least=0),
+            "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0),
+        }
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        h = self.hparams
+        if "steps" not in h:
+            raise UsageError('LPFT: pass the number of training steps as hparams["steps"]')
+        self.probe_steps = int(h["probe_share"] * h["steps"])
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self.steps_done: Tensor
+        classifier = [p for p in self.text.parameters() if p.requires_grad]
+        self.body = trainable(self.tower.parameters())
+        self.train_with({"params": self.body + classifier, "lr": h["lr"], "weight_decay": h["weight_decay"]})
+        self.schedule = self.cosine(self.optimizer, h["steps"] - self.probe_steps)
+        self.text_schedule = self.cosine(self.text_optimizer, self.probe_steps)
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        super().validate(hparams)
+        if not prompt_class(hparams["prompt"]).TRAINS:
+            raise UsageError(f"LPFT: prompt={hparams['prompt']} has nothing to probe with: use random, from_text, ...")
+        if not hparams["probe_share"] < 1:
+            raise UsageError(f"probe_share: got {hparams['probe_share']}, expected less than 1")
+
+    @property
+    def probing(self) -> bool:
+        return int(self.steps_done) < self.probe_steps
+
+    def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        for parameter in self.body:  # a probe's gradient stops at the image features
+            parameter.requires_grad_(not self.probing)
+        losses = super().losses(minibatches)
+        trainable(self.body)
+        return losses
+
+    def step(self) -> None:
+        probe, fine_tuning = (self.text_optimizer, self.text_schedule), (self.optimizer, self.schedule)
+        for part in probe if self.probing else fine_tuning:
+            assert part is not None
+            part.step()
+        self.steps_done += 1

@@ -1,0 +1,94 @@
+"""MIRO.
+
+Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_hp.algorithms.base import Minibatch, Pixels, join
+from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, sizes, trainable
+from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.networks.normalise import Normalise
+from domainbed_hp.networks.vit import Trace
+from domainbed_hp.registry import PROMPTS, UsageError
+
+VARIANCE, EPSILON = 0.1, 1e-5
+"""The variance at the start, and the least."""
+
+
+class MIRO(ClipAlgorithm):
+    """Fine-tuning that stays close to the pretrained tower: cross-entropy + lambda times a penalty.
+
+    The penalty sums mean[(f_l - f0_l)^2 / var_l + log var_l] / 2 over features l: what enters the first layer, and what
+    leaves the last layer of each quarter of the tower, all tokens of it. f0 is the pretrained tower's, var has one
+    value a channel and trains. Trainable parameters: the tower, 5 D, the text side; ViT-B/16 86,192,640 + 3,840 +
+    513 C.
+    """
+
+    # DEVIATION: cosine schedule, where MIRO's learning rate is constant; the linear head has one of its own,
+    # prompt_lr, where MIRO's is lr; CLIP's pixels, where the release squashes and normalises as for ImageNet.
+    HPARAMS = CLIP_HPARAMS | {
+        "prompt": HParam("random", plugins=PROMPTS, help="the text side; random: a linear head, as MIRO's"),
+        "augmentation": HParam("domainbed", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
+        "batch_size": HParam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "images per environment", at_least=1),
+        "lr": HParam(5e-5, log_uniform(10, -5.5, -4), "AdamW, cosine to 0", at_least=0),
+        "weight_decay": HParam(0.0, log_uniform(10, -6, -2), at_least=0),
+        "miro_weight": HParam(1.0, log_uniform(10, -2, 0), "lambda, of the penalty", at_least=0),
+        "miro_var_lr_factor": HParam(10.0, help="learning rate of the variances over lr", at_least=0),
+        "miro_released_pixels": HParam(False, help="squash to size and normalise as for ImageNet, as the release"),
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        h = self.hparams
+        if h["miro_released_pixels"]:
+            self.tower.normalise = Normalise()
+        self.pretrained = copy.deepcopy(self.tower)  # stays frozen
+        self.pretrained.prompts = tuple
+        layers, width = len(self.tower.blocks), self.tower.class_embedding.shape[0]
+        self.ends = sorted({-(-quarter * layers // 4) - 1 for quarter in (1, 2, 3, 4)})
+        start = torch.tensor(VARIANCE - EPSILON).expm1().log().item()  # the inverse of softplus
+        self.variance = nn.Parameter(torch.full((1 + len(self.ends), width), start))
+        self.train_with(
+            {"params": trainable(self.tower.parameters()), "lr": h["lr"], "weight_decay": h["weight_decay"]},
+            {"params": [self.variance], "lr": h["lr"] * h["miro_var_lr_factor"], "weight_decay": 0.0},
+        )
+
+    @classmethod
+    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+        pixels = super().pixels(hparams, image_size)
+        return pixels._replace(resize="squash", interpolation="bilinear") if hparams["miro_released_pixels"] else pixels
+
+    def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        """Cross-entropy and the weighted penalty."""
+        x, y = join(minibatches)
+        trace: list[Trace] = []
+        ce = F.cross_entropy(self.classify(self.encode(x, trace), sizes(minibatches)), y)
+        return {"ce": ce, "miro": self.hparams["miro_weight"] * self.penalty(x, trace)}
+
+    def penalty(self, x: Tensor, trace: list[Trace]) -> Tensor:
+        """How far the features of images x in `trace` are from the pretrained tower's."""
+        with torch.no_grad():
+            before: list[Trace] = []
+            self.encode(x, before, self.pretrained)
+        variances = F.softplus(self.variance) + EPSILON
+        terms = []
+        for f, f0, var in zip(self.features(trace), self.features(before), variances, strict=True):
+            f = f[:, : f0.shape[1]]  # without the tokens that a text side may have put behind them
+            terms.append(((f - f0).square() / var + var.log()).mean() / 2)
+        return torch.stack(terms).sum()
+
+    def features(self, trace: list[Trace]) -> list[Tensor]:
+        return [trace[0].before, *(trace[i].output for i in self.ends)]
+
+    def merge(self) -> dict[str, Tensor]:
+        if self.hparams["miro_released_pixels"]:
+            raise UsageError("MIRO with miro_released_pixels takes other pixels than the checkpoint it came from")
+        return super().merge()
