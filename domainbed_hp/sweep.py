@@ -38,6 +38,8 @@ class Row:
     label: str = ""
     hparams: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    n_trials: int | None = None
+    """In place of the sweep's."""
 
     @property
     def name(self) -> str:
@@ -98,7 +100,8 @@ class SweepSpec:
             trials = f"n_trials {spec.n_trials} from {spec.n_trials_from} (n_trials_from)"
             raise UsageError(f"{source}: no jobs: {trials}, {seeds}")
         counts = {name: getattr(spec, name) for name in ("steps", "checkpoint_freq", "eval_images", *LAUNCHER_OPTIONS)}
-        for name, value in [*counts.items(), *((f"steps of {row.name}", row.steps) for row in rows)]:
+        own = [(f"{name} of {row.name}", getattr(row, name)) for row in rows for name in ("steps", "n_trials")]
+        for name, value in [*counts.items(), *own]:
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{source}: {name} is {value}; it must be at least 1")
         for name, value in spec.slurm.items():
@@ -186,20 +189,23 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     for name in spec.datasets:
         find_spec(name, spec.data_dir)
     algorithms = list(dict.fromkeys(row.algorithm for row in spec.rows))
-    names = {a: {h for d in spec.datasets for h in hparams_registry.known(a, d)} for a in algorithms}
-
     general = {key: value for key, value in spec.hparams.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in spec.hparams.items() if isinstance(value, dict)}
+    wanted = [{**general, **tables.get(row.algorithm, {}), **row.hparams} for row in spec.rows]
+    names = [  # per row: a choice such as prompt=coop brings hparams of its own
+        {name for dataset in spec.datasets for name in hparams_registry.known(row.algorithm, dataset, choices)}
+        for row, choices in zip(spec.rows, wanted, strict=True)
+    ]
     for name in general:
-        if not any(name in known for known in names.values()):
-            raise registry.unknown("hparam", name, sorted(set().union(*names.values())))
+        if not any(name in known for known in names):
+            raise registry.unknown("hparam", name, sorted(set().union(*names)))
     for name in tables:
         if name not in algorithms:
             raise registry.unknown("algorithm with [hparams] of its own", name, algorithms)
 
     rows = []
-    for row in spec.rows:
-        hparams = {name: value for name, value in general.items() if name in names[row.algorithm]}
+    for row, known in zip(spec.rows, names, strict=True):
+        hparams = {name: value for name, value in general.items() if name in known}
         hparams |= {**tables.get(row.algorithm, {}), **row.hparams}
         for dataset in spec.datasets:
             try:
@@ -263,9 +269,12 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
         "skip_model_save",
     ]
     optional += ["uda_holdout_fraction"]
-    trial_seeds = range(spec.n_trials_from, spec.n_trials_from + spec.n_trials)
+    most = max(row.n_trials or spec.n_trials for row in rows)
     jobs = []
-    for trial_seed, dataset, row in product(trial_seeds, spec.datasets, rows):
+    for trial, dataset, row in product(range(most), spec.datasets, rows):
+        if trial >= (row.n_trials or spec.n_trials):
+            continue
+        trial_seed = spec.n_trials_from + trial
         for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
             args: dict[str, Any] = {
                 "dataset": dataset,
@@ -293,5 +302,9 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
 
 def described(spec: SweepSpec, rows: Sequence[Row]) -> dict[str, Any]:
     """What sweep.json says of a sweep beside its jobs: for who reads a table made of them."""
-    kept = [{"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams} for row in rows]
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        kept.append({"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams})
+        if any(each.n_trials for each in rows):  # fewer trials than others have are then meant
+            kept[-1]["n_trials"] = row.n_trials or spec.n_trials
     return {"version": __version__, "spec": asdict(spec), "rows": kept}

@@ -1,6 +1,7 @@
-"""What every registered algorithm promises, on the embedded CLIP."""
+"""What every registered algorithm promises, under its own text side and under others, on the embedded CLIP."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,53 +9,138 @@ import torch
 from helpers import batches, images, make
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.registry import ALGORITHMS
+from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.registry import ALGORITHMS, PROMPTS, UsageError
 
-EVERY = [*ALGORITHMS]
-TRAINED = [name for name in EVERY if name != "ZeroShotCLIP"]
+IMAGE_SIDES = [name for name in ALGORITHMS if name != "ERM"]
+STARTS_AS_ZERO_SHOT = {"ZeroShotCLIP", "FrozenCLIP", "FineTuneCLIP", "FLYP", "CLIPood", "MIRO", "CLIPLoRA", "LoRA"}
+STARTS_AS_ZERO_SHOT |= {"HeadPurification", "LPFT"}
+ZERO_SHOT_TEXT = {"template", "from_text", "text_tower", "text_lora"}
+SMALL = {  # enough to see each text side at work
+    "promptstyler": {"styler_styles": 2, "styler_steps": 3, "styler_epochs": 2},
+    "duprg": {"duprg_epochs": 3},
+    "dpl": {},
+}
+COVERING = [  # every image side and every text side, besides each algorithm's own
+    ("ZeroShotCLIP", "promptstyler"),
+    ("FrozenCLIP", "cocoop"),
+    ("FineTuneCLIP", "dpl"),
+    ("LPFT", "from_text"),
+    ("FLYP", "cocoop"),
+    ("LoRA", "coop"),
+    ("CLIPLoRA", "maple"),
+    ("CLIPAdapter", "text_lora"),
+    ("VPT", "ensemble"),
+    ("CLIPood", "dpl"),
+    ("MIRO", "text_tower"),
+    ("HeadPurification", "duprg"),
+    ("HeadPurification", "maple"),
+    ("HeadPurification", "random"),
+]
+Case = tuple[str, dict[str, Any]]
+
+
+def case(name: str, prompt: str) -> Case:
+    return name, {"prompt": prompt, **SMALL.get(prompt, {})}
+
+
+def refusal(each: Case) -> str:
+    try:
+        resolve(each[0], "PACS", 0, 0, MINI | each[1])
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def prompt_of(each: Case) -> str:
+    prompt: str = each[1].get("prompt") or resolve(each[0], "PACS", 0, 0, MINI)["prompt"]
+    return prompt
+
+
+MINI = {"clip_model": "mini", "clip_pretrained": "shapes"}
+OWN: list[Case] = [(name, {}) for name in ALGORITHMS]
+PAIRS = [case(*pair) for pair in product(IMAGE_SIDES, PROMPTS)]
+REFUSED = {each: why for each in product(IMAGE_SIDES, PROMPTS) if (why := refusal(case(*each)))}
+EVERY = OWN + [each for each in PAIRS if (each[0], prompt_of(each)) not in REFUSED]
+
+
+def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
+    """By default each algorithm with its own text side, and the covering pairs; all others are slow."""
+    default = OWN + [case(*pair) for pair in COVERING]
+    marks = [() if each in default else (pytest.mark.slow,) for each in cases]
+    names = ["-".join([each[0], *filter(None, [each[1].get("prompt")])]) for each in cases]
+    params = [pytest.param(each, id=n, marks=m) for each, n, m in zip(cases, names, marks, strict=True)]
+    return pytest.mark.parametrize("each", params)
+
+
+each_case = parametrized(EVERY)
+
+
+def build(each: Case, **kwargs: Any) -> Algorithm:
+    name, overrides = each
+    return make(name, **({"steps": 4} if name == "LPFT" else {}) | overrides | kwargs)
+
+
+def test_the_covering_pairs_cover_all_and_exist() -> None:
+    assert {name for name, _ in COVERING} == set(IMAGE_SIDES)
+    assert {prompt_of(each) for each in EVERY if each[0] != "ERM"} == set(PROMPTS)
+    assert {prompt for _, prompt in COVERING} | {prompt_of(each) for each in OWN if each[0] != "ERM"} == set(PROMPTS)
+    assert not set(COVERING) & set(REFUSED)
+
+
+def test_refused_pairs() -> None:
+    assert all(prompt in why for (_, prompt), why in REFUSED.items())
+    trains = set(PROMPTS) - {"template", "ensemble", "duprg", "promptstyler"}
+    expected = {("ZeroShotCLIP", prompt) for prompt in trains}  # they need training images
+    expected |= {(name, prompt) for name in ("FrozenCLIP", "LPFT") for prompt in set(PROMPTS) - trains}
+    expected |= {("FLYP", "random"), ("CLIPood", "random"), ("VPT", "maple")}
+    assert set(REFUSED) == expected
 
 
 def snapshot(algorithm: Algorithm) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in algorithm.state_dict().items()}
 
 
-def trained(name: str, steps: int = 3, **kwargs: Any) -> Algorithm:
-    algorithm = make(name, **kwargs)
+def trained(each: Case, steps: int = 3, **kwargs: Any) -> Algorithm:
+    algorithm = build(each, **kwargs)
     for step in range(steps):
         torch.manual_seed(step)
         algorithm.update(batches(seed=step))
     return algorithm
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_update_is_finite_and_predict_has_the_shape(name: str) -> None:
-    algorithm = make(name)
+@each_case
+def test_update_is_finite_and_predict_has_the_shape(each: Case) -> None:
+    algorithm = build(each)
     logged = algorithm.update(batches((4, 3, 5)))
     assert logged and all(isinstance(v, float) and math.isfinite(v) for v in logged.values())
     logits = algorithm.predict(images(5))
     assert logits.shape == (5, 3) and logits.isfinite().all()
+    assert algorithm.eval().predict(images(5)).shape == (5, 3)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_state_round_trip(name: str) -> None:
-    algorithm, other = trained(name), make(name, seed=9)
+@each_case
+def test_state_round_trip(each: Case) -> None:
+    algorithm, other = trained(each), build(each, seed=9)
     x = images(4)
-    other.load_state_dict(algorithm.state_dict())
-    assert torch.equal(other.eval().predict(x), algorithm.eval().predict(x))
-    third = make(name, seed=7)  # what training changed is enough
-    third.load_state_dict(algorithm.trained_state(), strict=False)
-    assert torch.equal(third.eval().predict(x), algorithm.eval().predict(x))
+    with torch.no_grad():
+        other.eval().predict(x)  # whatever it keeps must not outlive its weights
+        other.load_state_dict(algorithm.state_dict())
+        assert torch.equal(other.eval().predict(x), algorithm.eval().predict(x))
+        third = build(each, seed=7)  # what training changed is enough
+        third.load_state_dict(algorithm.trained_state(), strict=False)
+        assert torch.equal(third.eval().predict(x), algorithm.eval().predict(x))
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_same_seed_same_numbers(name: str) -> None:
-    a, b = snapshot(trained(name)), snapshot(trained(name))
+@each_case
+def test_same_seed_same_numbers(each: Case) -> None:
+    a, b = snapshot(trained(each)), snapshot(trained(each))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_only_what_is_declared_moves_and_all_of_it(name: str) -> None:
-    algorithm = make(name)
+@each_case
+def test_only_what_is_declared_moves_and_all_of_it(each: Case) -> None:
+    algorithm = build(each)
     declared = {n for n, p in algorithm.named_parameters() if p.requires_grad}
     before = snapshot(algorithm)
     for step in range(3):
@@ -62,12 +148,13 @@ def test_only_what_is_declared_moves_and_all_of_it(name: str) -> None:
     after = snapshot(algorithm)
     moved = {n for n, _ in algorithm.named_parameters() if not torch.equal(before[n], after[n])}
     assert moved == declared
-    assert bool(declared) == (name in TRAINED)
+    assert bool(declared) == (each[0] != "ZeroShotCLIP")
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_predictions_do_not_depend_on_the_batch(name: str) -> None:
-    algorithm = trained(name).eval()
+@each_case
+def test_predictions_do_not_depend_on_the_batch(each: Case) -> None:
+    algorithm = trained(each).eval()
+    assert not algorithm.protocol(algorithm.hparams).get("transductive")
     scale = getattr(algorithm, "logit_scale", 1.0)
     x = images(64)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
@@ -83,28 +170,37 @@ def test_predictions_do_not_depend_on_the_batch(name: str) -> None:
         assert torch.equal(other.argmax(1)[clear], together.argmax(1)[clear])
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n != "ERM"])
-def test_starts_as_the_zero_shot_model(name: str) -> None:
-    x = images(4)
-    a, b = make(name), make("ZeroShotCLIP")
-    torch.testing.assert_close(a.predict(x) / a.logit_scale, b.predict(x) / b.logit_scale, atol=1e-6, rtol=0)
+def test_dpl_as_released_depends_on_the_batch_and_says_so() -> None:
+    algorithm = trained(("FrozenCLIP", {"prompt": "dpl", "dpl_transductive": True})).eval()
+    assert algorithm.protocol(algorithm.hparams)["transductive"]
+    x = images(8)
+    with torch.no_grad():
+        assert not torch.allclose(algorithm.predict(x)[:4], algorithm.predict(x[:4]), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_input_as_in_a_stock_domainbed_checkout(name: str) -> None:
+@parametrized([each for each in EVERY if each[0] in STARTS_AS_ZERO_SHOT and prompt_of(each) in ZERO_SHOT_TEXT])
+def test_starts_as_the_zero_shot_model(each: Case) -> None:
+    a, b, x = build(each), make("ZeroShotCLIP"), images(4)
+    torch.testing.assert_close(a.eval().predict(x) / a.logit_scale, b.predict(x) / b.logit_scale, atol=1e-6, rtol=0)
+
+
+@each_case
+def test_input_as_in_a_stock_domainbed_checkout(each: Case) -> None:
     x = images(3)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = (x - mean[:, None, None]) / std[:, None, None]
-    plain, stock = make(name), make(name, input_norm="imagenet")
+    plain, stock = build(each), build(each, input_norm="imagenet")
     torch.testing.assert_close(stock.eval().predict(normalised), plain.eval().predict(x), atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n != "ERM"])
-def test_class_names_come_as_keyword_or_hparam(name: str) -> None:
-    algorithm = make(name)
+@parametrized([each for each in EVERY if each[0] != "ERM"])
+def test_class_names_come_as_keyword_or_hparam(each: Case) -> None:
+    algorithm = build(each)
     hparams = dict(algorithm.hparams)
     names = hparams.pop("class_names")
+    torch.manual_seed(0)
     again = type(algorithm)((3, 64, 64), 3, 3, hparams, class_names=names)
-    assert torch.equal(again.class_features, algorithm.class_features)
+    x = images(2)
+    assert torch.equal(again.eval().predict(x), algorithm.eval().predict(x))
     with pytest.raises(ValueError, match="expected 3"):
         type(algorithm)((3, 64, 64), 3, 3, hparams)

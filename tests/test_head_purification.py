@@ -16,6 +16,7 @@ from domainbed_hp.algorithms.head_purification import HeadPurification
 from domainbed_hp.hparams_registry import resolve
 from domainbed_hp.networks.clip import MINI
 from domainbed_hp.networks.mmd import mmd
+from domainbed_hp.prompts.base import unit
 from domainbed_hp.registry import UsageError
 
 GATES = ("softmax", "sigmoid")
@@ -48,7 +49,7 @@ def terms(algorithm: HeadPurification, minibatches: list[Any], scales: list[Tens
     features = algorithm.encode(x, trace)
     sizes = [len(x) for x, _ in minibatches]
     if algorithm.hparams["mmd_level"] == "output":
-        value, used = mmd(features.split(sizes), scales=scales)
+        value, used = mmd(unit(features).split(sizes), scales=scales)
         return value[None], used
     z = algorithm.layer_features(trace).split(sizes, dim=1)
     _, used = mmd(z, scales=scales)
@@ -245,7 +246,7 @@ def planted(folder: Path, **hparams: Any) -> tuple[list[float], list[dict[str, f
     overrides = {"clip_model": "mini", "clip_pretrained": plant(folder), "lr": 5e-3, "weight_decay": 0.0} | hparams
     h = resolve("HeadPurification", "PACS", 0, 0, overrides) | {"class_names": ["plus", "minus"], "steps": 100}
     algorithm = HeadPurification((3, 16, 16), 2, 2, h)
-    algorithm.class_features.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    algorithm.text.features.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     g = torch.Generator().manual_seed(0)
     logged = []
     for _ in range(100):

@@ -8,6 +8,7 @@ from domainbed_hp.jobs import Job
 from domainbed_hp.model_selection import IIDAccuracy, LeaveOneOut, Oracle
 from domainbed_hp.reports.collected import load
 from domainbed_hp.reports.missing import describe, find_missing, launchable, ranges
+from domainbed_hp.reports.report import make
 from domainbed_hp.seeds import seed_hash
 
 ARGS = {"algorithm": "ERM", "dataset": "PACS"}
@@ -105,3 +106,15 @@ def test_launchable_is_json_of_the_arguments(tmp_path):
 @pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([5, 0, 1, 7, 8], "0-1, 5, 7-8")])
 def test_ranges(numbers, text):
     assert ranges(numbers) == text
+
+
+def test_a_row_that_is_planned_with_fewer_trials_lacks_none(tmp_path):
+    runs = [{"algorithm": a, "trial_seed": trial} for a, trial in (("ERM", 0), ("LoRA", 0), ("ERM", 1))]
+    launched(tmp_path, [{"dataset": "PACS", "test_envs": [env], **run} for run in runs for env in range(4)])
+    assert {key[0] for key in keys(find_missing(load(tmp_path)))} == {"LoRA"}
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    for row, n_trials in zip(sweep["rows"], (2, 1), strict=True):
+        row["n_trials"] = n_trials
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    assert find_missing(load(tmp_path)) == []
+    assert "fewer trials than 2, as planned: LoRA (1)" in make(load(tmp_path)).notes

@@ -24,7 +24,7 @@ from domainbed_hp.runs import State
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts import sweep as script
 from domainbed_hp.settings import spec_from
-from domainbed_hp.sweep import Row, SweepSpec, make_jobs, resolve_rows
+from domainbed_hp.sweep import Row, SweepSpec, described, make_jobs, resolve_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,6 +180,24 @@ def test_rows_of_one_algorithm_share_seeds_but_not_folders() -> None:
     assert "label" not in jobs[0].args and jobs[4].args["label"] == "LoRA, more"
     assert jobs[4].args["hparams"] == '{"lora_rank": 8}' and jobs[4].args["steps"] == 3
     assert jobs[4].describe(State.DONE) == f"Done: {jobs[4].folder} ('PACS', 'LoRA, more', [0], 0)"
+
+
+def test_a_row_may_have_more_or_fewer_trials() -> None:
+    rows = [{"algorithm": "LoRA", "n_trials": 2}, {"algorithm": "ERM"}]
+    spec = spec_of(rows=rows, n_trials=1, n_trials_from=5, n_hparams=1, test_envs=[[0]])
+    trials = [(job.args["algorithm"], job.args["trial_seed"]) for job in make_jobs(spec, spec.rows)]
+    assert trials == [("LoRA", 5), ("ERM", 5), ("LoRA", 6)]
+    assert [row["n_trials"] for row in described(spec, spec.rows)["rows"]] == [2, 1]
+    with pytest.raises(UsageError, match="n_trials of LoRA is 0"):
+        spec_of(rows=[{"algorithm": "LoRA", "n_trials": 0}])
+
+
+def test_a_choice_brings_its_hparams(stubs: Path) -> None:
+    rows = [{"algorithm": "ERM", "hparams": {"average": "sma"}}, {"algorithm": "LoRA"}]
+    erm, lora = resolve_rows(spec_of(rows=rows, hparams={"average_start": 5}))
+    assert erm.hparams == {"average": "sma", "average_start": 5} and lora.hparams == {}
+    with pytest.raises(UsageError, match="unknown hparam 'average_start'"):
+        resolve_rows(spec_of(rows=rows[1:], hparams={"average_start": 5}))
 
 
 def test_later_hparams_win_and_general_ones_go_to_who_knows_them(stubs: Path) -> None:

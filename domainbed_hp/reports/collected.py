@@ -93,6 +93,11 @@ class Collected:
         """Labels of rows in the order of the sweeps that planned them."""
         return list(dict.fromkeys(str(row["label"]) for sweep in self.sweeps for row in sweep["rows"]))
 
+    def trials_of(self, row: str) -> int | None:
+        """How many trials the sweeps plan for a row by itself; None where it has as many as all others."""
+        planned = [each.get("n_trials") for sweep in self.sweeps for each in sweep["rows"] if each["label"] == row]
+        return max(planned) if planned and all(planned) else None
+
 
 def load(input_dir: str | Path) -> Collected:
     """All runs under a folder, in sorted order.

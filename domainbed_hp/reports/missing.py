@@ -1,7 +1,7 @@
 """Which jobs are missing, and what each would complete.
 
-Expected are the jobs that a sweep lists; and for every row and data set, the trials that the data set has anywhere,
-each with the test environments and hparams seeds of that row. A job is missing unless it is done; one that no sweep
+Expected are the jobs that a sweep lists; and for every row and data set, the trials that the data set has anywhere (or
+as many as the sweep plans for that row), each with the test environments and hparams seeds of that row. A job is missing unless it is done; one that no sweep
 lists, unless its last record is of the same step as the last of its row on this data set.
 """
 
@@ -76,7 +76,8 @@ def find_missing(collected: Collected) -> list[Missing]:
         envs = {(i,) for i in range(count[dataset])} | {envs for envs, _, _ in keys}
         if any(len(e) == 2 for e in envs):  # who has a pair wants all
             envs |= {(i, j) for i in range(count[dataset]) for j in range(i + 1, count[dataset])}
-        expected = product(sorted(trials[dataset]), sorted(envs), sorted({seed for _, _, seed in keys}))
+        of_row = sorted(trials[dataset])[: collected.trials_of(row)]
+        expected = product(of_row, sorted(envs), sorted({seed for _, _, seed in keys}))
         for trial, test_envs, hparams_seed in expected:
             k = test_envs, trial, hparams_seed
             if k in planned[place]:

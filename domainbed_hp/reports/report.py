@@ -50,7 +50,13 @@ def make(collected: Collected, cost_names: Sequence[str] = ()) -> Report:
     """The report of what was collected."""
     missing = find_missing(collected)
     built = [t for method in METHODS for t in tables.build(collected, method, missing, cost_names)]
-    notes = collected.notes + unknown(collected) + terms(collected) + tables.unpaired(built, collected.frame)
+    notes = (
+        collected.notes
+        + unknown(collected)
+        + terms(collected)
+        + fewer(collected)
+        + tables.unpaired(built, collected.frame)
+    )
     folders = {run.folder for run in collected.runs}
     started = sum(not planned.done and str(planned.job.folder) in folders for planned in collected.planned)
     if started:
@@ -80,6 +86,14 @@ def terms(collected: Collected) -> list[str]:
     """Rows whose numbers stand under other terms than training on the sources and predicting image by image."""
     rows = {name: dict.fromkeys(run.row for run in collected.runs if run.protocol.get(name)) for name in TERMS}
     return [f"{', '.join(found)}: {TERMS[name]}" for name, found in rows.items() if found]
+
+
+def fewer(collected: Collected) -> list[str]:
+    """Rows that have fewer trials than others because their sweep says so."""
+    planned = {row: collected.trials_of(row) for row in collected.row_plan}
+    most = max([n for n in planned.values() if n], default=0)
+    few = [f"{row} ({n})" for row, n in planned.items() if n and n < most]
+    return [f"fewer trials than {most}, as planned: {', '.join(few)}"] if few else []
 
 
 def provenance(collected: Collected) -> dict[str, Any]:
