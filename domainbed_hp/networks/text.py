@@ -71,7 +71,8 @@ class TextTower(nn.Module):
             x = self.text_projection(x)
         elif self.text_projection is not None:
             x = x @ self.text_projection
-        return x.unflatten(0, many) if len(many) != 1 else x
+        features: Tensor = x.unflatten(0, many) if len(many) != 1 else x
+        return features
 
     def add_adapters(
         self, targets: str, rank: int, shared: bool = False, scale: float = 1.0, dropout: float = 0.0

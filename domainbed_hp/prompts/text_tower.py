@@ -38,7 +38,9 @@ class TunedTextTower(TextSide):
 
     def unfreeze(self) -> list[torch.nn.Parameter]:
         found = [p for name, p in self.tower.named_parameters() if not name.startswith("token_embedding")]
-        return [p.requires_grad_(True) for p in found]
+        for parameter in found:
+            parameter.requires_grad_(True)
+        return found
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         nothing = self.tower.positional_embedding.new_empty(1, 0, self.tower.width)
