@@ -23,6 +23,7 @@ CHOICES = {
     "task": ("domain_generalization", "domain_adaptation"),
     "precision": ("fp32", "bf16"),
     "loader": ("batched", "reference"),
+    "features": ("cached", "encode"),
     "save": ("trained", "full"),
     "keep": ("last", "best"),
 }
@@ -70,6 +71,7 @@ class SweepSpec:
     precision: str | None = None
     device: str | None = None
     loader: str | None = None
+    features: str | None = None
     save: str | None = None
     keep: str | None = None
     num_workers: int | None = None
@@ -114,8 +116,8 @@ class SweepSpec:
                 raise registry.unknown(f"{name} in {source}:", getattr(spec, name), known)
         names = [row.name for row in rows]
         for row in rows:
-            if not row.name.startswith(row.algorithm):
-                raise UsageError(f"{source}: label {row.label!r} must start with its algorithm, {row.algorithm!r}")
+            if row.name in registry.ALGORITHMS and row.name != row.algorithm:
+                raise UsageError(f"{source}: label {row.label!r} of a row of {row.algorithm} is another algorithm's name")
             if names.count(row.name) > 1:
                 raise UsageError(f"{source}: two rows are called {row.name!r}; give each a `label` of its own")
         return spec
@@ -263,6 +265,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
         "precision",
         "device",
         "loader",
+        "features",
         "save",
         "keep",
         "data_dir",
