@@ -51,7 +51,8 @@ class TextTower(nn.Module):
 
     def embed(self, text: str) -> Tensor:
         """The embeddings of a piece of text (L, W), without start and end, detached."""
-        return self.token_embedding(self.tokens(text).to(self.positional_embedding.device)).detach()
+        embedded: Tensor = self.token_embedding(self.tokens(text).to(self.positional_embedding.device))
+        return embedded.detach()
 
     def forward(self, embedded: Tensor, ends: Tensor, deep: Sequence[Tensor] = (), at: int = 1) -> Tensor:
         """Embeddings (..., L, W), end-of-text tokens at `ends` (...) -> text features (..., E), not unit-norm.
