@@ -1,4 +1,4 @@
-"""Files that are whole on disk, or not there."""
+"""Files that are whole on disk, or not there, and the folder of those that can be made again."""
 
 import contextlib
 import os
@@ -23,6 +23,13 @@ def replaced(path: Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def cache_folder() -> Path:
+    """The user's own, or $DOMAINBED_HP_CACHE."""
+    import pooch
+
+    return Path(os.environ.get("DOMAINBED_HP_CACHE") or pooch.os_cache("domainbed_hp"))
 
 
 def remove_left(folder: Path) -> None:

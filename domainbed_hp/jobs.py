@@ -24,7 +24,7 @@ SWEEP_FILE = "sweep.json"
 LAUNCHERS = "launchers"
 """Folder beside it: what each launcher at work claims."""
 # DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
-NOT_IDENTITY = ("data_dir", "output_dir", "device", "num_workers")
+NOT_IDENTITY = ("data_dir", "output_dir", "device", "num_workers", "features")
 
 
 def job_name(args: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loader import ReferenceSteps, TrainSteps
 from domainbed_hp.datasets.opened import Dataset, find_spec, open_dataset
 from domainbed_hp.datasets.splits import splits
+from domainbed_hp.datasets.views import Views
 from domainbed_hp.models import Recipe
 from domainbed_hp.registry import UsageError
 
@@ -57,6 +58,8 @@ class RunArgs:
     eval_images: int | None = None
     loader: str = "batched"
     num_workers: int | None = None
+    features: str = "cached"
+    """Of a tower that never changes; `encode`: computed anew for each batch."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class Plan:
     def steps_per_epoch(self) -> float:
         """As DomainBed's: of the smallest environment, test environments included."""
         return min(len(split["in"]) for split in self.split) / float(self.hparams["batch_size"])
+
+    def on(self, environments: list[Views]) -> Plan:
+        """The same run on other views of the same images, such as their features."""
+        return replace(self, dataset=replace(self.dataset, environments=environments))
 
     def batches(self) -> TrainSteps:
         """The labeled minibatches of each step."""

@@ -13,7 +13,7 @@ from domainbed_hp.jobs import Job
 from domainbed_hp.registry import UsageError
 from domainbed_hp.sweep import LAUNCHER_OPTIONS, Row, SweepSpec, options_of
 
-WHERE = ("data_dir", "device", "num_workers")
+WHERE = ("data_dir", "device", "num_workers", "features")
 """Settings that make no other job of a job."""
 
 

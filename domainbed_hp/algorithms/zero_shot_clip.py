@@ -1,8 +1,9 @@
 """Zero-shot CLIP (Radford et al., 2021): the text classifier on frozen image features. Nothing trains on images."""
 
+from dataclasses import replace
 from typing import Any
 
-from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
+from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
 from domainbed_hp.prompts.base import prompt_class
 from domainbed_hp.registry import UsageError
 
@@ -13,6 +14,7 @@ class ZeroShotCLIP(ClipAlgorithm):
     With a text side that trains on text alone (prompt=promptstyler, prompt=duprg) it is that source-free method.
     """
 
+    HPARAMS = CLIP_HPARAMS | {"augmentation": replace(CLIP_HPARAMS["augmentation"], default="none")}
     STEPS = 1
     IMAGE_SIDE_TRAINS = False
 

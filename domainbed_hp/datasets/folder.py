@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ class FolderImages:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and modification times, as rsync tells files apart; wherever the folder lies."""
+        found = hashlib.sha256()
+        root = os.path.commonpath(self.paths)
+        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
+            status = os.stat(path)
+            name = os.path.relpath(path, root).replace(os.sep, "/")
+            found.update(f"{name}\n{label} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

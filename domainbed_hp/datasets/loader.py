@@ -28,14 +28,16 @@ class Batch(NamedTuple):
     """B images as they leave the host."""
 
     images: Tensor
-    """uint8: (B, 3, S, S), or what `draws` are to be applied to, (B, H, W, 3)."""
+    """uint8: (B, 3, S, S), or what `draws` are to be applied to, (B, H, W, 3). Features: float32 (B, E)."""
     labels: Tensor
     """(B,) int64"""
     draws: Draws | None = None
 
     def to(self, device: torch.device, pixels: Pixels) -> tuple[Tensor, Tensor]:
-        """(x, y) on `device`: x float (B, 3, S, S) in [0, 1], augmented."""
-        if self.draws is None:
+        """(x, y) on `device`: x float (B, 3, S, S) in [0, 1], augmented; features as they are."""
+        if self.images.is_floating_point():
+            x = self.images.to(device, non_blocking=True)
+        elif self.draws is None:
             x = self.images.to(device, non_blocking=True).float().div_(255)
         else:
             x = augment(self.images, self.draws, pixels, device)

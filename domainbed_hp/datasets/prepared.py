@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shlex
@@ -56,6 +57,11 @@ class PreparedViews:
         if self.about.encoding == "raw":
             return np.frombuffer(data, np.uint8).reshape(3, self.about.size, self.about.size)
         return channels_first(Image.open(io.BytesIO(data)))
+
+    def fingerprint(self) -> str:
+        """Of the index, which has the digest of every image file."""
+        with open(self.path.with_suffix(".csv"), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def read(self, offset: int, size: int) -> bytes:
         if self.mapped is not None:

@@ -10,7 +10,6 @@ thing, elsewhere that of the ground.
 """
 
 import hashlib
-import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domainbed_hp.datasets.spec import ArrayImages, DatasetSpec, Images
+from domainbed_hp.disk import cache_folder
 from domainbed_hp.seeds import rng
 
 if TYPE_CHECKING:
@@ -71,13 +71,10 @@ def draw_environment(env: str, per_class: int = PER_CLASS) -> np.ndarray:
 
 
 def cache_path() -> Path:
-    """In the user's cache folder, or in $DOMAINBED_HP_CACHE; the name carries a digest of the code that draws."""
-    import pooch
-
-    folder = Path(os.environ.get("DOMAINBED_HP_CACHE") or pooch.os_cache("domainbed_hp"))
+    """In the cache folder; the name carries a digest of the code that draws."""
     here = Path(__file__).parent
     code = b"".join((here / name).read_bytes() for name in ("shapes.py", "drawings.py", "shapes_dg.py"))
-    return folder / f"shapes_dg-{hashlib.sha256(code).hexdigest()[:12]}.npz"
+    return cache_folder() / f"shapes_dg-{hashlib.sha256(code).hexdigest()[:12]}.npz"
 
 
 def cached(path: Path) -> dict[str, np.ndarray] | None:

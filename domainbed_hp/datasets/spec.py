@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,13 @@ class ArrayImages:
         from PIL import Image
 
         return Image.fromarray(self.array[i])
+
+    def fingerprint(self) -> str:
+        """Of every pixel."""
+        found = hashlib.sha256(repr(self.array.shape).encode())
+        for array in (self.array, self.labels):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=CHOICES["precision"])
     p.add_argument("--device")
     p.add_argument("--loader", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
+    p.add_argument("--features", choices=CHOICES["features"], help="of a frozen tower: kept, or not")
     p.add_argument("--num_workers", type=int, help="loader threads of each job")
     p.add_argument("--save", choices=CHOICES["save"], help="of the models: what trained, or all")
     p.add_argument("--keep", choices=CHOICES["keep"], help="best: also the model by training-domain validation")

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     p.add_argument("--precision", default="fp32", choices=CHOICES["precision"])
     p.add_argument("--loader", default="batched", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
+    p.add_argument("--features", default="cached", choices=CHOICES["features"], help="of a frozen tower: kept, or not")
     p.add_argument("--num_workers", type=int, help="loader threads of the whole run; default: 8 with a GPU, else 0")
     p.add_argument(
         "--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms and data sets"
