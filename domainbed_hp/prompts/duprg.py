@@ -73,7 +73,8 @@ class DUPRG(TextOnly):
         cosines = torch.einsum("cde,kde->dck", outputs, outputs)
         others = ~torch.eye(len(outputs), dtype=torch.bool, device=outputs.device)
         inter = cosines[:, others].mean() if len(outputs) > 1 else 0.0
-        return reconstruction + self.hparams["duprg_intra"] * intra + self.hparams["duprg_inter"] * inter
+        loss: Tensor = reconstruction + self.hparams["duprg_intra"] * intra + self.hparams["duprg_inter"] * inter
+        return loss
 
     def adamw(self, autoencoder: AutoEncoder) -> torch.optim.Optimizer:
         h = self.hparams

@@ -54,13 +54,17 @@ class PromptStyler(TextOnly):
         self.helpers += [tower, styled, Sentences(tower, "", 0, names)]
 
     def fit(self) -> Tensor:
+        return self.train_classifier(self.learn_styles()[:, 1:])
+
+    def learn_styles(self) -> Tensor:
+        """Unit-norm features (K, 1 + C, E) of "a S* style of a", then of each class in that style."""
         tower, styled, contents = cast("tuple[TextTower, Sentences, Sentences]", self.helpers)
 
         def encode(sentences: Sentences, vectors: Tensor) -> Tensor:
             return unit(tower(sentences(vectors), sentences.ends))
 
         content = encode(contents, self.features.new_empty(1, 0, tower.width))
-        styles: list[Tensor] = []  # (1 + C, E) each: "a S* style of a", then with each class
+        styles: list[Tensor] = []
         for _ in tqdm(range(self.hparams["styler_styles"]), "PromptStyler", disable=None, unit="style"):
             word = nn.Parameter(torch.randn(1, 1, tower.width).to(self.features) * 0.02)
             optimizer = torch.optim.SGD([word], self.hparams["styler_lr"], momentum=0.9)
@@ -71,7 +75,7 @@ class PromptStyler(TextOnly):
                 loss.backward()
                 optimizer.step()
             styles.append(encode(styled, word).detach())
-        return self.train_classifier(torch.stack(styles)[:, 1:])
+        return torch.stack(styles)
 
     def train_classifier(self, features: Tensor) -> Tensor:
         """Weights (C, E) of any length, from text features (K, C, E)."""
