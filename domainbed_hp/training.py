@@ -7,28 +7,32 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from domainbed_hp import checkpoint, records
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Pixels
+from domainbed_hp.averages import find_average, holding
 from domainbed_hp.checkpoint import Stop, Stopped, stop_signals
 from domainbed_hp.datasets.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.prefetch import Workers
 from domainbed_hp.disk import remove_left
+from domainbed_hp.features import cached_features
 from domainbed_hp.logs import log_to, print_header, print_row, versions
-from domainbed_hp.models import build, save_model
+from domainbed_hp.models import Recipe, build, save_model
 from domainbed_hp.planning import Plan, RunArgs, plan
 from domainbed_hp.registry import UsageError
 from domainbed_hp.runs import DONE, Claim, claim
 from domainbed_hp.seeds import seed_hash
+from domainbed_hp.sharpness import find_climb
 
 EVAL_BATCH = {"cuda": 1024, "cpu": 64}
 """Images scored at once, while they fit; a CPU is no faster beyond its cache."""
@@ -56,13 +60,16 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
         stop = stack.enter_context(stop_signals())
         print_header(asdict(args), run.hparams, versions(run.device))
         print(f"Images: {run.dataset.source}")
-        training = Training(run, held, workers, stop)
-        training.resume(before)
+        training: Training | None = None
         try:
+            training = Training(run, held, workers, stop)
+            training.resume(before)
             training.go()
         except Stopped as stopped:
-            training.save_state()
-            print(f"{stopped}: stopped after step {training.step}; the same command goes on", flush=True)
+            where = f"after step {training.step}" if training else "before any step"
+            if training:
+                training.save_state()
+            print(f"{stopped}: stopped {where}; the same command goes on", flush=True)
             raise SystemExit(128 + stopped.number) from None
 
 
@@ -78,13 +85,21 @@ class Training:
         self.started, self.seconds_before = time.time(), 0.0
         self.columns: list[str] = []
 
-        seed_everything(run.args.seed)
-        self.algorithm = build(run.recipe).to(run.device)
+        self.algorithm = untrained(run.recipe, run.args.seed).to(run.device)
+        trains = [p for p in self.algorithm.parameters() if p.requires_grad]
+        self.average = find_average(trains, run.hparams, run.steps)
+        self.climb = find_climb(self.algorithm, run.hparams)
         self.trainable = sum(p.numel() for p in self.algorithm.parameters() if p.requires_grad)
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
-        environments, limit = run.dataset.environments, run.args.eval_images
-        batch_size = EVAL_BATCH["cuda" if run.on_gpu else "cpu"]
+        batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
+        with evaluation(self.algorithm), self.cast, stop.at_once():
+            features = cached_features(run, self.algorithm, batch_size, workers)
+        if features and run.pixels.augmentation == "none":
+            self.run = run.on(features)
+        environments = features or run.dataset.environments
         self.scored = eval_loaders(environments, run.split, batch_size, workers, max_images=limit, pin=run.on_gpu)
+        if self.average is not None and self.average.VALIDATES and not self.validation_splits():
+            raise UsageError(f"average={run.hparams['average']} needs validation images: --holdout_fraction above 0")
         some = min(PROBE, limit or PROBE)
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
         self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]
@@ -111,6 +126,8 @@ class Training:
             unlabeled_x = None if extra is None else [batch.to(run.device, run.pixels)[0] for batch in extra]
             with self.cast:
                 metrics = self.update(step, minibatches, unlabeled_x)
+            if self.average is not None:
+                self.average.step()
             metrics["step_time"] = time.perf_counter() - start
             for name, value in metrics.items():
                 self.since[name].append(value)
@@ -127,7 +144,8 @@ class Training:
     def update(self, step: int, minibatches: list[Any], unlabeled: list[Tensor] | None) -> dict[str, float]:
         """One step of the algorithm, and what it logs; errors say what to try."""
         try:
-            metrics = self.algorithm.update(minibatches, unlabeled)
+            with self.climb(minibatches):
+                metrics = self.algorithm.update(minibatches, unlabeled)
         except torch.cuda.OutOfMemoryError as error:
             hint = "try a smaller batch_size, or --precision bf16"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
@@ -142,14 +160,36 @@ class Training:
         at_checkpoint = step % self.run.checkpoint_freq == 0 or step == self.run.steps - 1
         return step >= 0 and at_checkpoint and step not in self.recorded
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """With the weights to score and to save, where those are not the ones that train."""
+        average = self.average
+        return contextlib.nullcontext() if average is None else holding(average.parameters, average.weights())
+
+    def validate(self) -> None:
+        """Tell an average that asks for it how the weights that train do; once a record, even one that is stopped."""
+        if self.average is None or not self.average.VALIDATES or "raw_val_loss" in self.since:
+            return
+        with self.stop.at_once(), evaluation(self.algorithm), self.cast:
+            scores = self.scores(self.validation_splits())
+        loss = validation_loss(scores, self.run.train_envs)
+        self.since["raw_val_loss"].append(loss)
+        self.average.validated(loss)  # out of `at_once`: no signal leaves it half done
+
+    def validation_splits(self) -> list[str]:
+        return [name for i in self.run.train_envs if (name := f"env{i}_out") in self.scored]
+
+    def scores(self, names: Iterable[str]) -> dict[str, Score]:
+        run = self.run
+        return {name: score(self.algorithm, self.scored[name], run.device, run.pixels) for name in names}
+
     def record(self) -> None:
         """Score every split, append the record, save the state."""
+        self.validate()
         run, step = self.run, self.step
         record: dict[str, Any] = {"step": step, "epoch": step / run.steps_per_epoch}
         record |= {name: float(np.mean(values)) for name, values in self.since.items()}
-        with self.stop.at_once(), evaluation(self.algorithm), self.cast:
-            for name, loader in self.scored.items():
-                record[f"{name}_acc"] = accuracy(self.algorithm, loader, run.device, run.pixels)
+        with self.averaged(), self.stop.at_once(), evaluation(self.algorithm), self.cast:
+            record |= scored(self.scores(self.scored), run.train_envs)
             record |= self.algorithm.diagnose(self.probe)
         record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else 0.0
         record["elapsed_s"] = self.elapsed_s()
@@ -173,12 +213,14 @@ class Training:
 
     def save_model(self, name: str) -> None:
         full = self.run.args.save == "full"
-        save_model(self.run.output_dir / f"{name}.safetensors", self.algorithm, self.run.recipe, full=full)
+        with self.averaged():
+            save_model(self.run.output_dir / f"{name}.safetensors", self.algorithm, self.run.recipe, full=full)
 
     def save_state(self) -> None:
         if self.step < 0:
             return
-        progress = {"step": self.step, "since": dict(self.since), "best": self.best, "elapsed_s": self.elapsed_s()}
+        progress: dict[str, Any] = {"step": self.step, "since": dict(self.since), "best": self.best}
+        progress |= {"elapsed_s": self.elapsed_s(), "average": self.average and self.average.state()}
         self.held.check()
         checkpoint.save(self.run.output_dir, self.algorithm, progress | {"args": records_args(self.run.args)})
 
@@ -188,6 +230,8 @@ class Training:
         if state is None:
             return
         self.algorithm.load_training_state(state["algorithm"])
+        if self.average is not None:
+            self.average.load_state(state["average"])
         self.step, self.best, self.seconds_before = state["step"], state["best"], state["elapsed_s"]
         self.since.update({} if self.step in self.recorded else state["since"])
         print(f"Resumed after step {self.step}")
@@ -234,21 +278,52 @@ def evaluation(algorithm: Algorithm) -> Iterator[None]:
     algorithm.train()
 
 
-def accuracy(algorithm: Algorithm, loader: EvalLoader, device: torch.device, pixels: Pixels) -> float:
-    """Share of right answers, in [0, 1], of one pass; where a GPU runs out of memory, of the next with half the batch.
+class Score(NamedTuple):
+    """Of one split."""
+
+    accuracy: float
+    """Share of right answers, in [0, 1]."""
+    loss: float
+    """Mean cross-entropy."""
+
+
+def score(algorithm: Algorithm, loader: EvalLoader, device: torch.device, pixels: Pixels) -> Score:
+    """One pass over a split; where a GPU runs out of memory, the next with half the batch.
 
     Source: DomainBed's lib/misc.py; a single logit says class 1 above 0.
     """
     while True:
         try:
-            return sum(correct(algorithm, *batch.to(device, pixels)) for batch in loader) / len(loader.indices)
+            sums = [torch.stack(measure(algorithm, *batch.to(device, pixels))).tolist() for batch in loader]
+            return Score(*(sum(each) / len(loader.indices) for each in zip(*sums, strict=True)))
         except torch.cuda.OutOfMemoryError:
             if loader.batch_size == 1:
                 raise
         loader.batch_size //= 2  # out of the handler, whose traceback holds the memory
 
 
-def correct(algorithm: Algorithm, x: Tensor, y: Tensor) -> int:
-    p = algorithm.predict(x)
-    answer = p.argmax(1) if p.shape[1] > 1 else (p.squeeze(1) > 0).long()
-    return int((answer == y).sum())
+def measure(algorithm: Algorithm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over a batch: of right answers, and of cross-entropy."""
+    logits = algorithm.predict(x).double()
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return (logits.argmax(1) == y).double().sum(), F.cross_entropy(logits, y.long(), reduction="sum")
+
+
+def scored(scores: dict[str, Score], train_envs: list[int]) -> dict[str, float]:
+    """The columns of a record."""
+    columns = {f"{name}_acc": each.accuracy for name, each in scores.items()}
+    loss = validation_loss(scores, train_envs)
+    return columns if math.isnan(loss) else columns | {"val_loss": loss}
+
+
+def validation_loss(scores: dict[str, Score], train_envs: list[int]) -> float:
+    """Mean over the training environments of the cross-entropy on their `out` splits; NaN where there are none."""
+    losses = [scores[f"env{i}_out"].loss for i in train_envs if f"env{i}_out" in scores]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+def untrained(recipe: Recipe, seed: int) -> Algorithm:
+    """The algorithm as a run of this seed starts, on the CPU: what has random weights has the same."""
+    seed_everything(seed)
+    return build(recipe)

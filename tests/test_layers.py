@@ -15,7 +15,9 @@ BELOW = {
                 "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
                 "launchers"},
     "training": {"features", "planning", "checkpoint", "runs", "algorithms", "datasets", "records", "models", "logs",
-                 "disk"},
+                 "disk", "averages", "sharpness"},
+    "averages": {"hparams_registry"},
+    "sharpness": {"algorithms"},
     "features": {"planning", "algorithms", "datasets", "networks", "disk", "keep"},
     "planning": {"algorithms", "datasets", "hparams_registry", "models", "keep"},
     "checkpoint": {"algorithms", "disk"},
@@ -86,8 +88,8 @@ def test_no_torch_before_it_is_needed(module: str) -> None:
 
 
 def test_every_name_of_the_registry_exists() -> None:
-    from domainbed_hp.registry import ALGORITHMS, DATASETS, LAUNCHERS, load
+    from domainbed_hp.registry import ALGORITHMS, AVERAGES, DATASETS, LAUNCHERS, load
 
-    for table in (ALGORITHMS, DATASETS, LAUNCHERS):
+    for table in (ALGORITHMS, AVERAGES, DATASETS, LAUNCHERS):
         for name in table:
             assert load(table, "name", name) is not None

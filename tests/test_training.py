@@ -82,7 +82,7 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     dataset = open_dataset(find_spec("ShapesDG"), None, pixels)
     split = splits([len(e) for e in dataset.environments], (0,), 0)
     loader = training.eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
-    assert training.accuracy(algorithm, loader, CPU, pixels) == records[-1]["env0_out_acc"]
+    assert training.score(algorithm, loader, CPU, pixels).accuracy == records[-1]["env0_out_acc"]
 
 
 def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
@@ -205,10 +205,10 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
     views = Decoded(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Pixels(8))
     loader = training.EvalLoader(views, range(12), 16)
     small = Small((3, 8, 8), 2, 1, {"most": 5})
-    assert training.accuracy(small, loader, CPU, Pixels(8)) == 1.0
+    assert training.score(small, loader, CPU, Pixels(8)).accuracy == 1.0
     assert small.sizes == [12, 8, 4, 4, 4] and loader.batch_size == 4
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        training.accuracy(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Pixels(8))
+        training.score(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Pixels(8))
 
 
 def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
@@ -271,16 +271,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
     whole = go(tmp_path / "whole", **settings)
-    accuracy, calls = training.accuracy, [0]
+    score, calls = training.score, [0]
 
-    def stopping(*args: Any) -> float:
+    def stopping(*args: Any) -> training.Score:
         calls[0] += 1
         if calls[0] == 9:  # the third split of the second record
             terminate()
-        return accuracy(*args)
+        return score(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "accuracy", stopping)
+        patch.setattr(training, "score", stopping)
         with pytest.raises(SystemExit):
             go(tmp_path / "run", **settings)
     assert [r["step"] for r in records.load_run(tmp_path / "run")] == [0]

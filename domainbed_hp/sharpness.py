@@ -1,0 +1,78 @@
+"""Sharpness-aware minimization of any algorithm. Hparam `sharpness`.
+
+SAM: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021.
+DISAM: Zhang et al., "Domain-Inspired Sharpness-Aware Minimization Under Domain Shifts", ICLR 2024.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from domainbed_hp.algorithms import Algorithm
+from domainbed_hp.algorithms.base import Minibatch
+
+
+class Climb:
+    """Before an update, climb from the weights w to w + rho g / |g|; its step then starts from w again.
+
+    g is the gradient of mean(L_i) - lambda Var(L_i), where L_i is the cross-entropy of source domain i; lambda = 0 is
+    SAM. So the gradients of `update`, whatever its loss, are those at the climbed point. An algorithm that steps more
+    than once in an update climbs for the first step.
+    """
+
+    # DEVIATION: SAM climbs the loss that it minimizes; this is cross-entropy for all, without an algorithm's own terms.
+    def __init__(self, algorithm: Algorithm, hparams: dict[str, Any]) -> None:
+        self.algorithm, self.rho = algorithm, hparams["sam_rho"]
+        self.variance_weight = hparams["disam_weight"] if hparams["sharpness"] == "disam" else 0.0
+
+    def objective(self, minibatches: list[Minibatch]) -> Tensor:
+        losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
+        return losses.mean() - self.variance_weight * losses.var(correction=0)
+
+    @contextlib.contextmanager
+    def __call__(self, minibatches: list[Minibatch]) -> Iterator[None]:
+        """Around `update`: climb, and return before the first step of an optimizer, or else at the end."""
+        parameters = [p for p in self.algorithm.parameters() if p.requires_grad]
+        own = [p.detach().clone() for p in parameters]
+
+        def back(*_: Any) -> None:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, own, strict=True):
+                    parameter.copy_(value)
+            own.clear()  # once
+            parameters.clear()
+
+        self.climb(minibatches, parameters)
+        hook = register_optimizer_step_pre_hook(back)  # any optimizer: an algorithm may make them as it goes
+        try:
+            yield
+        finally:
+            hook.remove()
+            back()
+
+    def climb(self, minibatches: list[Minibatch], parameters: list[torch.nn.Parameter]) -> None:
+        if not parameters:
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in self.algorithm.buffers()]
+        found = torch.autograd.grad(self.objective(minibatches), parameters, allow_unused=True)
+        moves = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        length = torch.stack([g.norm() for _, g in moves]).norm()
+        with torch.no_grad():
+            for parameter, gradient in moves:
+                parameter.add_(gradient * (self.rho / (length + 1e-12)))
+            for buffer, value in buffers:  # a batch norm counts the images of a step once
+                buffer.copy_(value)
+
+
+def find_climb(
+    algorithm: Algorithm, hparams: dict[str, Any]
+) -> Callable[[list[Minibatch]], contextlib.AbstractContextManager[Any]]:
+    """What to put around every update, by hparam `sharpness`."""
+    return contextlib.nullcontext if hparams["sharpness"] == "none" else Climb(algorithm, hparams)
