@@ -13,7 +13,7 @@ PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
     "scripts": {"training", "planning", "plugins", "models", "keep", "runs", "settings", "sweep", "jobs", "progress",
                 "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
-                "launchers"},
+                "launchers", "averages", "logs"},
     "training": {"features", "planning", "checkpoint", "runs", "algorithms", "datasets", "records", "models", "logs",
                  "disk", "averages", "sharpness"},
     "averages": {"hparams_registry"},
@@ -77,6 +77,7 @@ def test_imports_point_down() -> None:
         "scripts.sweep",
         "scripts.train",
         "scripts.export",
+        "scripts.interpolate",
         "records",
         "reports.report",
         "registry",
