@@ -27,7 +27,8 @@ class MaPLe(TextSide):
     Trainable parameters: J (M W + W D + D), D the width of the image tower; ViT-B/16 with M = 2, J = 9 3,555,072.
     """
 
-    # DEVIATION: no epoch of constant learning rate before the cosine.
+    # DEVIATION: no epoch of constant learning rate before the cosine; each projection draws its own start, where the
+    # release copies one to all layers behind the first.
     HPARAMS = PROMPT_HPARAMS | {
         "prompt_lr": HParam(3.5e-3, log_uniform(10, -4, -2), "of all prompts: SGD, momentum 0.9, cosine", at_least=0),
         "prompt_tokens": HParam(2, lambda r: int(r.choice([2, 4])), "M", at_least=1),
