@@ -48,7 +48,7 @@ class HParam:
                 f"hparam {name}: got {value!r} ({type(value).__name__}), "
                 f"expected {kind.__name__}, e.g. {self.default!r}"
             )
-        if self.plugins is not None and value != self.default:
+        if self.plugins is not None and value not in (self.default, "none"):
             load(self.plugins, name, value)
         if self.choices and value not in self.choices:
             raise UsageError(f"hparam {name}: got {value!r}, known: {', '.join(map(repr, self.choices))}")
@@ -84,21 +84,19 @@ def known(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = No
     table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).hparams_for(dataset)
     for name, hparam in list(table.items()):
         value = (overrides or {}).get(name, hparam.default)
-        if hparam.plugins is not None and value != "none":
+        if hparam.plugins is not None and value != "none" and isinstance(value, str):
             table = load(hparam.plugins, name, value).HPARAMS | table
     return table
 
 
-def default_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
     """The defaults, `hparams_seed` 0."""
-    return {name: h.default for name, h in known(algorithm, dataset, overrides).items()}
+    return {name: h.default for name, h in known(algorithm, dataset).items()}
 
 
-def random_hparams(
-    algorithm: str, dataset: str, seed: int, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
     """One random draw of every hparam."""
-    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset, overrides).items()}
+    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset).items()}
 
 
 def resolve(
@@ -110,9 +108,9 @@ def resolve(
     """
     table = known(algorithm, dataset, overrides)
     if hparams_seed == 0:
-        hparams = default_hparams(algorithm, dataset, overrides)
+        hparams = {name: h.default for name, h in table.items()}
     else:
-        hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed), overrides)
+        hparams = {name: h.draw(name, seed_hash(hparams_seed, trial_seed)) for name, h in table.items()}
     for name, value in overrides.items():
         # DEVIATION: DomainBed takes any name and any type, and trains with the default.
         if name not in table:
