@@ -28,7 +28,7 @@ def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_baseline_of_ones_own_lands_in_the_table(tmp_path: Path) -> None:
-    (code,) = (b for b in blocks("python") if "LinearProbe" in b)
+    (code,) = (b for b in blocks("python") if "NormTuning" in b)
     (commands,) = (b for b in blocks("sh") if "--import my_method" in b)
     (tmp_path / "my_method.py").write_text(code)
     launch, collect = re.findall(r"python (?:.|\\\n)*?(?<!\\)\n", commands)
@@ -40,7 +40,7 @@ def test_a_baseline_of_ones_own_lands_in_the_table(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     table = shell(collect, tmp_path)
     assert table.returncode == 0, table.stderr
-    rows = [line for line in table.stdout.splitlines() if line.startswith("LinearProbe")]
+    rows = [line for line in table.stdout.splitlines() if line.startswith("NormTuning")]
     assert rows and re.search(r"\d+\.\d \+/- \d\.\d", rows[0])
 
 
@@ -79,9 +79,9 @@ def test_quickstart_prints_a_table_that_compiles(tmp_path: Path) -> None:
 def test_defaults_in_the_table_are_the_defaults() -> None:
     from domainbed_hp.algorithms.head_purification import HeadPurification
 
-    for name in HeadPurification.HPARAMS.keys() - {"clip_model", "clip_pretrained", "batch_size", "input_norm"}:
-        if name not in ("template", "gate_shuffle"):
-            assert f"`{name}`" in README, name
+    general = {"clip_model", "clip_pretrained", "batch_size", "input_norm", "augmentation", "gate_shuffle"}
+    for name in HeadPurification.HPARAMS.keys() - general:
+        assert f"`{name}`" in README, name
     table = README.partition("| hparam | default | choices |")[2].partition("\n\n")[0]
     for line in table.splitlines():
         cells = [c.strip() for c in line.strip("|").split("|")]

@@ -150,7 +150,7 @@ class ClipAlgorithm(Algorithm):
         return {name: loss.item() for name, loss in losses.items()}
 
     def merge(self) -> dict[str, Tensor]:
-        """The weights of a plain CLIP that computes the same, under open_clip's names; `UsageError` if there is none."""
+        """The weights of a plain CLIP that computes the same, under open_clip's names; `UsageError` if none does."""
         if list(self.tower.prompts()):
             raise UsageError(
                 f"{type(self).__name__} with prompt={self.hparams['prompt']} adds tokens; no plain CLIP does"

@@ -1,4 +1,4 @@
-"""A frozen image tower under a text side that trains: prompt learning (CoOp, ...), or a linear probe (prompt=random)."""
+"""A frozen image tower under a text side that trains: prompt learning, or a linear probe."""
 
 from typing import Any
 
