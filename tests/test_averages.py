@@ -164,7 +164,7 @@ def test_swad_needs_a_tolerance_as_long_as_its_start() -> None:
 @pytest.mark.parametrize("name", ["sma", "beta", "swad", "wise"])
 def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(name: str, steps: int, tmp_path: Path) -> None:
     losses = [4.0, 3.0, 1.0, 1.2, 1.1, 3.0, 3.0, 1.0, 3.0, 3.0] if name == "swad" else []
-    settings = {"average_start": 5} if name == "sma" else {}
+    settings = {"sma": {"average_start": 5}, "swad": {"swad_converge": 2, "swad_tolerance": 2}}.get(name, {})
     _, whole = follow(name, walk(20)[: steps + 1], losses, **settings)
     _, other = follow(name, walk(20)[: steps + 1], losses, tmp_path, **settings)
     assert all(torch.equal(a, b) for a, b in zip(whole.weights(), other.weights(), strict=True))

@@ -9,6 +9,7 @@ from helpers import batches, make
 from safetensors.torch import load_file
 from test_training import go, stop_at, terminate, without_times
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Minibatch
@@ -98,10 +99,7 @@ def test_an_optimizer_made_in_the_update_starts_below_too_and_none_is_left_with_
         algorithm.optimizer = torch.optim.SGD([algorithm.weight], lr=0.0)
         algorithm.update(domains())
         assert torch.equal(algorithm.weight, before)
-    with torch.no_grad():
-        algorithm.weight += 1
-    algorithm.update(domains())
-    assert torch.equal(algorithm.weight, before + 1)
+    assert not _global_optimizer_pre_hooks
 
 
 def test_a_second_step_of_an_update_is_not_undone() -> None:
