@@ -117,7 +117,7 @@ class SweepSpec:
         names = [row.name for row in rows]
         for row in rows:
             if row.name in registry.ALGORITHMS and row.name != row.algorithm:
-                raise UsageError(f"{source}: label {row.label!r} of a row of {row.algorithm} is another algorithm's name")
+                raise UsageError(f"{source}: label {row.label!r} of {row.algorithm} is another algorithm's name")
             if names.count(row.name) > 1:
                 raise UsageError(f"{source}: two rows are called {row.name!r}; give each a `label` of its own")
         return spec

@@ -617,7 +617,7 @@ def test_mistakes_are_refused_before_any_folder_exists(
         (lambda t: t + 'color = "red"\n', "unknown key of [[rows]]"),
         (lambda t: t + "hparams = 3\n", "expected dict"),
         (lambda t: t + "steps = 0\n", "steps of ERM is 0; it must be at least 1"),
-        (lambda t: t + 'label = "LoRA"\n', "label 'LoRA' of a row of ERM is another algorithm's name"),
+        (lambda t: t + 'label = "LoRA"\n', "label 'LoRA' of ERM is another algorithm's name"),
         (lambda t: t + '[[rows]]\nalgorithm = "ERM"\n', "two rows are called 'ERM'"),
         (lambda t: t + "[[rows]]\n", "missing algorithm"),
         (lambda t: "rows = 3\n" + t.split("[[rows]]")[0], "write [[rows]] above each"),
