@@ -25,7 +25,8 @@ from domainbed_hp.datasets.prefetch import Workers
 from domainbed_hp.features import cached_features
 from domainbed_hp.models import build
 from domainbed_hp.planning import Plan, RunArgs, plan
-from domainbed_hp.training import EVAL_BATCH, evaluation, seed_everything
+from domainbed_hp.scoring import EVAL_BATCH, evaluation
+from domainbed_hp.training import seed_everything
 
 TEXT_SIDES = ("random", "coop")
 

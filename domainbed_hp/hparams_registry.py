@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_hp.registry import ALGORITHMS, AVERAGES, UsageError, load, unknown
+from domainbed_hp.registry import ALGORITHMS, AVERAGES, SHARPNESS, UsageError, load, unknown
 from domainbed_hp.seeds import seed_hash
 
 SMALL_IMAGES = ("Debug28",)
@@ -69,9 +69,7 @@ def choice(*values: Any) -> Callable[[np.random.RandomState], Any]:
 
 TRAINING_HPARAMS = {
     "average": HParam("none", plugins=AVERAGES, help="weights over time that are scored: none, or a name"),
-    "sharpness": HParam("none", choices=("none", "sam", "disam"), help="climb before each step"),
-    "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: length of the climb", at_least=0),
-    "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: weight of the variance of domains' losses", at_least=0),
+    "sharpness": HParam("none", plugins=SHARPNESS, help="climb before each step: none, or a name"),
 }
 """What the harness does for every algorithm."""
 

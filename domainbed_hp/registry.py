@@ -54,6 +54,12 @@ AVERAGES: dict[str, str] = {
 }
 """Weights over time, hparam `average` of every algorithm."""
 
+SHARPNESS: dict[str, str] = {
+    "sam": "domainbed_hp.sharpness:SAM",
+    "disam": "domainbed_hp.sharpness:DISAM",
+}
+"""What climbs before each step, hparam `sharpness` of every algorithm."""
+
 DATASETS: dict[str, str] = {
     "Debug28": "domainbed_hp.datasets.debug:DEBUG28",
     "Debug224": "domainbed_hp.datasets.debug:DEBUG224",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +17,28 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.registry import SHARPNESS, load
 
 
-class Climb:
+class SAM:
     """Before an update, climb from the weights w to w + rho g / |g|; its step then starts from w again.
 
-    g is the gradient of mean(L_i) - lambda Var(L_i), where L_i is the cross-entropy of source domain i; lambda = 0 is
-    SAM. So the gradients of `update`, whatever its loss, are those at the climbed point. An algorithm that steps more
-    than once in an update climbs for the first step.
+    g is the gradient of the mean of the source domains' cross-entropies. So the gradients of `update`, whatever its
+    loss, are those at the climbed point. An algorithm that steps more than once in an update climbs for the first step.
     """
 
     # DEVIATION: SAM climbs the loss that it minimizes; this is cross-entropy for all, without an algorithm's own terms.
-    def __init__(self, algorithm: Algorithm, hparams: dict[str, Any]) -> None:
-        self.algorithm, self.rho = algorithm, hparams["sam_rho"]
-        self.variance_weight = hparams["disam_weight"] if hparams["sharpness"] == "disam" else 0.0
+    HPARAMS: ClassVar[dict[str, HParam]] = {
+        "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: rho, length of the climb", at_least=0)
+    }
 
-    def objective(self, minibatches: list[Minibatch]) -> Tensor:
-        losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
-        return losses.mean() - self.variance_weight * losses.var(correction=0)
+    def __init__(self, algorithm: Algorithm, hparams: dict[str, Any]) -> None:
+        self.algorithm, self.hparams = algorithm, hparams
+
+    def objective(self, losses: Tensor) -> Tensor:
+        """What is climbed, of the domains' losses (K,)."""
+        return losses.mean()
 
     @contextlib.contextmanager
     def __call__(self, minibatches: list[Minibatch]) -> Iterator[None]:
@@ -61,18 +65,34 @@ class Climb:
         if not parameters:
             return
         buffers = [(buffer, buffer.clone()) for buffer in self.algorithm.buffers()]
-        found = torch.autograd.grad(self.objective(minibatches), parameters, allow_unused=True)
+        losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
+        found = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
         moves = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
         length = torch.stack([g.norm() for _, g in moves]).norm()
         with torch.no_grad():
             for parameter, gradient in moves:
-                parameter.add_(gradient * (self.rho / (length + 1e-12)))
+                parameter.add_(gradient * (self.hparams["sam_rho"] / (length + 1e-12)))
             for buffer, value in buffers:  # a batch norm counts the images of a step once
                 buffer.copy_(value)
+
+
+class DISAM(SAM):
+    """The climb leaves out what pulls the domains apart: of mean(L_i) - lambda Var(L_i), L_i the loss of domain i."""
+
+    HPARAMS = SAM.HPARAMS | {
+        "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: lambda, of the variance", at_least=0)
+    }
+
+    def objective(self, losses: Tensor) -> Tensor:
+        spread: Tensor = self.hparams["disam_weight"] * losses.var(correction=0)
+        return losses.mean() - spread
 
 
 def find_climb(
     algorithm: Algorithm, hparams: dict[str, Any]
 ) -> Callable[[list[Minibatch]], contextlib.AbstractContextManager[Any]]:
     """What to put around every update, by hparam `sharpness`."""
-    return contextlib.nullcontext if hparams["sharpness"] == "none" else Climb(algorithm, hparams)
+    if hparams["sharpness"] == "none":
+        return contextlib.nullcontext
+    found: SAM = load(SHARPNESS, "sharpness", hparams["sharpness"])(algorithm, hparams)
+    return found

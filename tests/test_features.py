@@ -29,10 +29,11 @@ from domainbed_hp.networks.clip import MINI
 from domainbed_hp.networks.vit import VisionTower
 from domainbed_hp.planning import RunArgs, plan
 from domainbed_hp.registry import UsageError
+from domainbed_hp.scoring import evaluation
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.scripts.train import parser
 from domainbed_hp.sweep import CHOICES, Row, SweepSpec, make_jobs
-from domainbed_hp.training import evaluation, train
+from domainbed_hp.training import train
 
 CLIP = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2}
 IMAGES = 60
@@ -124,6 +125,16 @@ def test_training_on_features_is_training_on_images(
     assert np.mean(losses[25:50]) < 0.95 * np.mean(losses[:25])
     encoded.clear()
     assert go(tmp_path / "again", drawn, **settings) == cached and not encoded
+
+
+@pytest.mark.parametrize(("algorithm", "prompt"), [("CLIPAdapter", "template"), ("FrozenCLIP", "dpl")])
+def test_other_methods_on_features(
+    drawn: Path, tmp_path: Path, cache: Path, encoded: list[int], algorithm: str, prompt: str
+) -> None:
+    settings: dict[str, Any] = {"algorithm": algorithm, "hparams": {"prompt": prompt}, "eval_images": 3}
+    cached = go(tmp_path / "cached", drawn, **settings)
+    assert sum(encoded) == IMAGES
+    same(cached, go(tmp_path / "encode", drawn, features="encode", **settings))
 
 
 @pytest.mark.slow

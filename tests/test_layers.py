@@ -13,11 +13,12 @@ PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
     "scripts": {"training", "planning", "plugins", "models", "keep", "runs", "settings", "sweep", "jobs", "progress",
                 "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
-                "launchers", "averages", "logs"},
+                "launchers", "averages", "scoring", "logs"},
     "training": {"features", "planning", "checkpoint", "runs", "algorithms", "datasets", "records", "models", "logs",
-                 "disk", "averages", "sharpness"},
+                 "disk", "averages", "sharpness", "scoring"},
     "averages": {"hparams_registry"},
-    "sharpness": {"algorithms"},
+    "sharpness": {"algorithms", "hparams_registry"},
+    "scoring": {"algorithms", "datasets"},
     "features": {"planning", "algorithms", "datasets", "networks", "disk", "keep"},
     "planning": {"algorithms", "datasets", "hparams_registry", "models", "keep"},
     "checkpoint": {"algorithms", "disk"},
@@ -89,8 +90,8 @@ def test_no_torch_before_it_is_needed(module: str) -> None:
 
 
 def test_every_name_of_the_registry_exists() -> None:
-    from domainbed_hp.registry import ALGORITHMS, AVERAGES, DATASETS, LAUNCHERS, load
+    from domainbed_hp.registry import ALGORITHMS, AVERAGES, DATASETS, LAUNCHERS, PROMPTS, SHARPNESS, load
 
-    for table in (ALGORITHMS, AVERAGES, DATASETS, LAUNCHERS):
+    for table in (ALGORITHMS, PROMPTS, AVERAGES, SHARPNESS, DATASETS, LAUNCHERS):
         for name in table:
             assert load(table, "name", name) is not None

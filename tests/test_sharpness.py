@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.sharpness import Climb, find_climb
+from domainbed_hp.sharpness import find_climb
 
 
 class Linear(Algorithm):
@@ -69,7 +69,7 @@ def test_a_step_has_the_gradient_of_the_climbed_point_and_starts_below_it(
     g = each.mean(0) - variance_weight * variance
     assert g.norm() > 0.1 and variance.norm() > 0.1
     climbed = before + 0.4 * g / g.norm()
-    with Climb(algorithm, {"sharpness": sharpness, "sam_rho": 0.4, "disam_weight": 0.3})(domains()):
+    with find_climb(algorithm, {"sharpness": sharpness, "sam_rho": 0.4, "disam_weight": 0.3})(domains()):
         torch.testing.assert_close(algorithm.weight.detach(), climbed)
         assert algorithm.seen == 0  # buffers are back before the update
         algorithm.update(domains())

@@ -1,7 +1,7 @@
 """Which jobs are missing, and what each would complete.
 
 Expected are the jobs that a sweep lists; and for every row and data set, the trials that the data set has anywhere (or
-as many as the sweep plans for that row), each with the test environments and hparams seeds of that row. A job is missing
+as many as the sweep plans for it), each with the test environments and hparams seeds of that row. A job is missing
 unless it is done; one that no sweep lists, unless its last record is of the same step as the last of its row on this
 data set.
 """

@@ -22,7 +22,7 @@ from domainbed_hp.scripts import run
 
 if TYPE_CHECKING:
     from domainbed_hp.planning import Plan
-    from domainbed_hp.training import Score
+    from domainbed_hp.scoring import Score
 
 KEPT = ("step", "epoch", "image_size", "trainable_params", "protocol")
 """What a record shares with the last one of the run."""
@@ -60,7 +60,8 @@ def score_alphas(run_dir: Path, given: Record, last: Record, folders: dict[float
     from domainbed_hp.models import load_model
     from domainbed_hp.planning import RunArgs, plan
     from domainbed_hp.plugins import import_plugin
-    from domainbed_hp.training import EVAL_BATCH, evaluation, score, untrained
+    from domainbed_hp.scoring import EVAL_BATCH, evaluation, score
+    from domainbed_hp.training import untrained
 
     for module in given["imports"]:
         import_plugin(module)
@@ -93,7 +94,7 @@ def score_alphas(run_dir: Path, given: Record, last: Record, folders: dict[float
 def record(of: Plan, last: Record, scores: dict[str, Score], alpha: float, folder: Path) -> Record:
     """As a run would write it that trained with average=wise."""
     from domainbed_hp.logs import versions
-    from domainbed_hp.training import scored
+    from domainbed_hp.scoring import scored
 
     wise: dict[str, Any] = {"average": "wise", "wise_alpha": alpha}
     overrides = json.dumps(json.loads(of.args.hparams or "{}") | wise)
