@@ -23,7 +23,7 @@ BELOW = {
     "planning": {"algorithms", "datasets", "hparams_registry", "models", "keep"},
     "checkpoint": {"algorithms", "disk"},
     "models": {"algorithms", "disk"},
-    "plugins": {"algorithms", "datasets"},
+    "plugins": {"algorithms", "prompts", "datasets"},
     "logs": set(),
     "settings": {"sweep", "jobs"},
     "sweep": {"jobs", "plugins", "hparams_registry", "algorithms", "datasets"},

@@ -4,22 +4,29 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import images, make
 
 from domainbed_hp import registry
 from domainbed_hp.algorithms import get_algorithm_class
 from domainbed_hp.datasets.opened import find_spec
 from domainbed_hp.plugins import import_plugin
-from domainbed_hp.registry import ALGORITHMS, DATASETS, UsageError
+from domainbed_hp.registry import ALGORITHMS, DATASETS, PROMPTS, UsageError
 
 METHOD = """
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.lora import LoRA
 from domainbed_hp.datasets.spec import DatasetSpec
+from domainbed_hp.prompts.fixed import Template
 
 MY_DATA = DatasetSpec("MyData", ("a", "b"), 2, folder="mine", domain_folders=("a", "b"))
 
 class Mine(LoRA):
     pass
+
+class Shout(Template):
+    def features_of(self, clip):
+        return clip.text_features([name.upper() for name in self.class_names])
 """
 
 
@@ -29,14 +36,17 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.syspath_prepend(tmp_path)
     yield "someones_method"
     ALGORITHMS.pop("Mine", None)
+    PROMPTS.pop("Shout", None)
     DATASETS.pop("MyData", None)
     sys.modules.pop("someones_method", None)
 
 
 def test_import_registers_what_the_module_defines(module: str) -> None:
-    assert import_plugin(module) == ["Mine", "MyData"]  # not the LoRA and the Algorithm that it imports
+    assert import_plugin(module) == ["Mine", "Shout", "MyData"]  # not the LoRA and the Algorithm that it imports
     assert find_spec("MyData").environments == ("a", "b")
     assert get_algorithm_class("Mine").__module__ == module
+    logits = [make("Mine", prompt=prompt).predict(images(2)) for prompt in ("template", "Shout")]
+    assert not torch.allclose(*logits)
 
 
 def test_entry_points_are_registered_too(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
