@@ -53,6 +53,10 @@ class Average:
     def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
         self.parameters, self.hparams, self.steps = list(parameters), hparams, steps
 
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        """`UsageError` for hparams that do not go together, before anything is built."""
+
     def step(self) -> None:
         """After each update."""
 
@@ -71,7 +75,33 @@ class Average:
         """The inverse of `state`, on an average that was built alike."""
 
 
-class SimpleMovingAverage(Average):
+class Weighted(Average):
+    """Running mean of all weights, those after t updates counted `weight(t)` times; the start is t = 0."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
+        super().__init__(parameters, hparams, steps)
+        self.t, self.mean = 0, Mean(self.parameters)
+        self.mean.add(self.parameters, self.weight(0))
+
+    def weight(self, t: int) -> float:
+        raise NotImplementedError(f"{type(self).__name__}.weight")
+
+    def step(self) -> None:
+        self.t += 1
+        self.mean.add(self.parameters, self.weight(self.t))
+
+    def weights(self) -> Sequence[Tensor]:
+        return self.mean.tensors
+
+    def state(self) -> dict[str, Any]:
+        return {"t": self.t, "mean": self.mean.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.t = state["t"]
+        self.mean.load_state(state["mean"])
+
+
+class SimpleMovingAverage(Weighted):
     """Mean of the weights from step t0 on; the current weights before that.
 
     Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in Domain Generalization",
@@ -80,29 +110,16 @@ class SimpleMovingAverage(Average):
 
     HPARAMS = {"average_start": HParam(100, help="sma: updates before the mean starts, t0", at_least=0)}
 
-    def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
-        super().__init__(parameters, hparams, steps)
-        self.t, self.mean = 0, Mean(self.parameters)
-        self.mean.add(self.parameters)
+    def weight(self, t: int) -> float:
+        return 1.0
 
     def step(self) -> None:
-        self.t += 1
-        if self.t <= self.hparams["average_start"]:
+        if self.t < self.hparams["average_start"]:
             self.mean.total = 0.0  # starts anew
-        self.mean.add(self.parameters)
-
-    def weights(self) -> Sequence[Tensor]:
-        return self.mean.tensors
-
-    def state(self) -> dict[str, Any]:
-        return {"t": self.t, "mean": self.mean.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.t = state["t"]
-        self.mean.load_state(state["mean"])
+        super().step()
 
 
-class BetaMovingAverage(Average):
+class BetaMovingAverage(Weighted):
     """Mean of all weights, those after t of N updates weighted by the density of Beta(b, b) at (t + 0.5) / (N + 1).
 
     With b = 0.5 the first and the last weights count most. Shu et al., "CLIPood: Generalizing CLIP to
@@ -111,29 +128,10 @@ class BetaMovingAverage(Average):
 
     HPARAMS = {"average_beta": HParam(0.5, choice(0.25, 0.5, 1.0), "beta: b of the density", at_least=0)}
 
-    def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
-        super().__init__(parameters, hparams, steps)
-        self.t, self.mean = 0, Mean(self.parameters)
-        self.mean.add(self.parameters, self.density(0))
-
-    def density(self, t: int) -> float:
+    def weight(self, t: int) -> float:
         """Up to a factor, which a mean does not see."""
         x = (t + 0.5) / (self.steps + 1)
         return float((x * (1 - x)) ** (self.hparams["average_beta"] - 1))
-
-    def step(self) -> None:
-        self.t += 1
-        self.mean.add(self.parameters, self.density(self.t))
-
-    def weights(self) -> Sequence[Tensor]:
-        return self.mean.tensors
-
-    def state(self) -> dict[str, Any]:
-        return {"t": self.t, "mean": self.mean.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.t = state["t"]
-        self.mean.load_state(state["mean"])
 
 
 class SWAD(Average):
@@ -149,6 +147,7 @@ class SWAD(Average):
     # DEVIATION: the released LossValley averages segments between records, each counted once whatever its number of
     # steps; it adds up to three segments from before the valley, and some twice. Here, as in the paper, each step of
     # the valley counts once. Training goes on after the end of the valley, where the released code stops.
+    # Records come every `checkpoint_freq` steps, 300 for most data sets; the paper has 100 (VLCS 50, DomainNet 500).
     HPARAMS = {
         "swad_converge": HParam(3, help="swad: records that make a valley, N_s", at_least=1),
         "swad_tolerance": HParam(6, help="swad: records above the threshold that end it, N_e", at_least=1),
@@ -156,13 +155,14 @@ class SWAD(Average):
     }
     VALIDATES = True
 
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        converge, tolerance = hparams["swad_converge"], hparams["swad_tolerance"]
+        if tolerance < converge:
+            raise UsageError(f"swad_tolerance: got {tolerance}, expected at least swad_converge, {converge}")
+
     def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
         super().__init__(parameters, hparams, steps)
-        if hparams["swad_tolerance"] < hparams["swad_converge"]:
-            raise UsageError(
-                f"swad_tolerance: got {hparams['swad_tolerance']}, expected at least swad_converge, "
-                f"{hparams['swad_converge']}"
-            )
         self.segment = Mean(self.parameters)  # since the last record
         self.recent: list[tuple[float, Mean]] = []  # losses and segments of the last N_s records, until the valley
         self.threshold: float | None = None

@@ -74,6 +74,9 @@ def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: W
         return None
     if run.args.features == "encode" or not run.algorithm.frozen(run.hparams):
         return None
+    # A subclass may have unfrozen what its parent said is frozen.
+    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompts():
+        return None
     key = ingredients(run, algorithm)
     if not all(key["files"]):
         return None

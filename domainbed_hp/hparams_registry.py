@@ -28,8 +28,9 @@ class HParam:
     help: str = ""
     choices: tuple[Any, ...] = ()
     at_least: float | None = None
+    below: float | None = None
     plugins: dict[str, str] | None = None
-    """A table of `registry` that the value is a name in; what it stands for brings `HPARAMS` of its own."""
+    """A table of `registry` that the value is a name in; what it stands for brings `HPARAMS` and `validate`."""
 
     def draw(self, name: str, seed: int) -> Any:
         """The value of random seed `seed`; numpy scalars become Python's, so that JSON can hold them."""
@@ -48,12 +49,12 @@ class HParam:
                 f"hparam {name}: got {value!r} ({type(value).__name__}), "
                 f"expected {kind.__name__}, e.g. {self.default!r}"
             )
-        if self.plugins is not None and value not in (self.default, "none"):
-            load(self.plugins, name, value)
         if self.choices and value not in self.choices:
             raise UsageError(f"hparam {name}: got {value!r}, known: {', '.join(map(repr, self.choices))}")
         if self.at_least is not None and not value >= self.at_least:
             raise UsageError(f"hparam {name}: got {value!r}, expected at least {self.at_least:g}")
+        if self.below is not None and not value < self.below:
+            raise UsageError(f"hparam {name}: got {value!r}, expected less than {self.below:g}")
         return value
 
 
@@ -80,21 +81,27 @@ def known(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = No
     A choice from a table of plugins, such as prompt=coop, brings hparams of its own.
     """
     table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).hparams_for(dataset)
-    for name, hparam in list(table.items()):
-        value = (overrides or {}).get(name, hparam.default)
-        if hparam.plugins is not None and value != "none" and isinstance(value, str):
-            table = load(hparam.plugins, name, value).HPARAMS | table
+    for plugin in chosen(table, overrides or {}).values():
+        table = plugin.HPARAMS | table
     return table
 
 
-def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
-    """The defaults, `hparams_seed` 0."""
-    return {name: h.default for name, h in known(algorithm, dataset).items()}
+def chosen(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the choices in `values`, or by default, stand for."""
+    choices = {name: (h.plugins, values.get(name, h.default)) for name, h in table.items() if h.plugins is not None}
+    return {name: load(t, name, v) for name, (t, v) in choices.items() if isinstance(v, str) and v != "none"}
 
 
-def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
-    """One random draw of every hparam."""
-    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset).items()}
+def default_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The defaults, `hparams_seed` 0, under the choices in `overrides`."""
+    return {name: h.default for name, h in known(algorithm, dataset, overrides).items()}
+
+
+def random_hparams(
+    algorithm: str, dataset: str, seed: int, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One random draw of every hparam, under the choices in `overrides`."""
+    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset, overrides).items()}
 
 
 def resolve(
@@ -106,13 +113,29 @@ def resolve(
     """
     table = known(algorithm, dataset, overrides)
     if hparams_seed == 0:
-        hparams = {name: h.default for name, h in table.items()}
+        hparams = default_hparams(algorithm, dataset, overrides)
     else:
-        hparams = {name: h.draw(name, seed_hash(hparams_seed, trial_seed)) for name, h in table.items()}
+        hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed), overrides)
     for name, value in overrides.items():
         # DEVIATION: DomainBed takes any name and any type, and trains with the default.
         if name not in table:
-            raise unknown(f"hparam of {algorithm}", name, table)
+            raise UsageError(f"{unknown(f'hparam of {algorithm}', name, table)}{comes_with(name, table)}")
         hparams[name] = table[name].check(name, value)
+    for plugin in chosen(table, hparams).values():
+        plugin.validate(hparams)
     load(ALGORITHMS, "algorithm", algorithm).validate(hparams)
     return hparams
+
+
+def check_validation(hparams: Mapping[str, Any], images: bool) -> None:
+    """`UsageError` where the average of weights looks at validation images and there are none."""
+    average = hparams.get("average", "none")
+    if average != "none" and not images and load(AVERAGES, "average", average).VALIDATES:
+        raise UsageError(f"average={average} needs validation images: --holdout_fraction above 0")
+
+
+def comes_with(name: str, table: Mapping[str, HParam]) -> str:
+    """Which choices would bring hparam `name`, in words."""
+    choices = [(choice, h.plugins, v) for choice, h in table.items() if h.plugins is not None for v in h.plugins]
+    found = [f"{choice}={v}" for choice, plugins, v in choices if name in load(plugins, choice, v).HPARAMS]
+    return f". It comes with {' or '.join(found)}" if found else ""

@@ -101,14 +101,17 @@ def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
 
 
 @contextlib.contextmanager
-def listed(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job]) -> Iterator[None]:
-    """List `jobs` in sweep.json, with what `sweep` says of them, and count among the sweep's launchers meanwhile."""
+def listed(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], part: bool = False) -> Iterator[None]:
+    """List `jobs` in sweep.json, with what `sweep` says of them, and count among the sweep's launchers meanwhile.
+
+    They may be `part` of a sweep: then all others stay listed.
+    """
     folder = output_dir / LAUNCHERS
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder / runs.LOCK, timeout=60):
-                others = bool(launchers(output_dir))
+                others = part or bool(launchers(output_dir))
                 stack.enter_context(runs.claim(folder / f"{socket.gethostname()}-{os.getpid()}"))
                 save(output_dir, sweep, jobs, others)
         except OSError as error:

@@ -97,7 +97,7 @@ class Plan:
         """Under what terms the run's numbers stand: weights and text of the method, images, part of the target."""
         size, resize, interpolation, augmentation = self.pixels
         images = f"{size} px, {resize}, {interpolation}; training: {augmentation}"
-        share = 1 - self.args.holdout_fraction
+        share = (1 - self.args.holdout_fraction) * (1 - self.args.uda_holdout_fraction)
         return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.protocol(self.hparams)
 
     @property
@@ -146,6 +146,7 @@ def plan(args: RunArgs) -> Plan:
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
+    hparams_registry.check_validation(hparams, any(split[i]["out"] for i in train_envs))
     run = Plan(args, algorithm, hparams, dataset, split, train_envs, pixels, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run

@@ -94,7 +94,7 @@ def load(table: dict[str, str], kind: str, name: str) -> Any:
     `UsageError` lists the known names.
     """
     if name not in table:
-        for point in entry_points(group=f"domainbed_hp.{kind}s"):
+        for point in entry_points(group=f"domainbed_hp.{kind.removesuffix('s')}s"):
             table.setdefault(point.name, point.value)
     if name not in table:
         raise unknown(kind, name, table)

@@ -77,6 +77,8 @@ def spec_from(config: str | None, flags: dict[str, Any]) -> SweepSpec:
         values = {name: value for name, value in values.items() if name not in LAUNCHER_OPTIONS or name in known}
     spec = SweepSpec.of(values | others, source)
 
+    if "n_trials" in others:
+        spec = replace(spec, rows=tuple(replace(row, n_trials=None) for row in spec.rows))
     if algorithms:
         new = [Row(name) for name in algorithms if name not in {row.algorithm for row in spec.rows}]
         spec = replace(spec, rows=(*(row for row in spec.rows if row.algorithm in algorithms), *new))

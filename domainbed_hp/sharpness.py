@@ -28,13 +28,18 @@ class SAM:
     loss, are those at the climbed point. An algorithm that steps more than once in an update climbs for the first step.
     """
 
-    # DEVIATION: SAM climbs the loss that it minimizes; this is cross-entropy for all, without an algorithm's own terms.
+    # DEVIATION: SAM climbs the loss that it minimizes; this is cross-entropy of what `predict` says, for all, without
+    # an algorithm's own terms (DPL's prompts are then per image).
     HPARAMS: ClassVar[dict[str, HParam]] = {
         "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: rho, length of the climb", at_least=0)
     }
 
     def __init__(self, algorithm: Algorithm, hparams: dict[str, Any]) -> None:
         self.algorithm, self.hparams = algorithm, hparams
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        """`UsageError` for hparams that do not go together, before anything is built."""
 
     def objective(self, losses: Tensor) -> Tensor:
         """What is climbed, of the domains' losses (K,)."""
@@ -64,8 +69,11 @@ class SAM:
     def climb(self, minibatches: list[Minibatch], parameters: list[torch.nn.Parameter]) -> None:
         if not parameters:
             return
-        buffers = [(buffer, buffer.clone()) for buffer in self.algorithm.buffers()]
+        norms = [m for m in self.algorithm.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
+        buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
+        if not losses.requires_grad:  # a text side that trains by a loss of its own
+            return
         found = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
         moves = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
         length = torch.stack([g.norm() for _, g in moves]).norm()

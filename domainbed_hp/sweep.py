@@ -193,29 +193,38 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     algorithms = list(dict.fromkeys(row.algorithm for row in spec.rows))
     general = {key: value for key, value in spec.hparams.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in spec.hparams.items() if isinstance(value, dict)}
-    wanted = [{**general, **tables.get(row.algorithm, {}), **row.hparams} for row in spec.rows]
-    names = [  # per row: a choice such as prompt=coop brings hparams of its own
-        {name for dataset in spec.datasets for name in hparams_registry.known(row.algorithm, dataset, choices)}
-        for row, choices in zip(spec.rows, wanted, strict=True)
-    ]
-    for name in general:
-        if not any(name in known for known in names):
-            raise registry.unknown("hparam", name, sorted(set().union(*names)))
     for name in tables:
         if name not in algorithms:
             raise registry.unknown("algorithm with [hparams] of its own", name, algorithms)
+    known = [known_to(row, spec, {**general, **tables.get(row.algorithm, {}), **row.hparams}) for row in spec.rows]
+    for name in general:
+        if not any(name in names for names in known):
+            raise registry.unknown("hparam", name, sorted(set().union(*known)))
 
     rows = []
-    for row, known in zip(spec.rows, names, strict=True):
-        hparams = {name: value for name, value in general.items() if name in known}
-        hparams |= {**tables.get(row.algorithm, {}), **row.hparams}
+    for row, names in zip(spec.rows, known, strict=True):
+        of_kind = [k for other, k in zip(spec.rows, known, strict=True) if other.algorithm == row.algorithm]
+        elsewhere = set().union(*of_kind) - names  # e.g. prompt_tokens for the rows of FrozenCLIP that have prompts
+        own = {k: v for k, v in tables.get(row.algorithm, {}).items() if k not in elsewhere}
+        hparams = {name: value for name, value in general.items() if name in names} | own | row.hparams
         for dataset in spec.datasets:
             try:
-                hparams_registry.resolve(row.algorithm, dataset, spec.n_hparams_from, 0, hparams)
+                found = hparams_registry.resolve(row.algorithm, dataset, spec.n_hparams_from, 0, hparams)
+                hparams_registry.check_validation(found, spec.holdout_fraction > 0)
             except UsageError as error:
                 raise UsageError(f"{row.name} on {dataset}: {error}") from error
         rows.append(replace(row, hparams=hparams))
     return tuple(rows)
+
+
+def known_to(row: Row, spec: SweepSpec, choices: Mapping[str, Any]) -> set[str]:
+    """The hparams that a row knows: a choice such as prompt=coop brings hparams of its own."""
+    from domainbed_hp import hparams_registry
+
+    try:
+        return {name for dataset in spec.datasets for name in hparams_registry.known(row.algorithm, dataset, choices)}
+    except UsageError as error:
+        raise UsageError(f"{row.name}: {error}") from error
 
 
 def check_data(spec: SweepSpec, rows: Sequence[Row]) -> None:
@@ -270,13 +279,12 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
         "keep",
         "data_dir",
         "skip_model_save",
+        "uda_holdout_fraction",
     ]
-    optional += ["uda_holdout_fraction"]
     most = max(row.n_trials or spec.n_trials for row in rows)
     jobs = []
-    for trial, dataset, row in product(range(most), spec.datasets, rows):
-        if trial >= (row.n_trials or spec.n_trials):
-            continue
+    nested = product(range(most), spec.datasets, rows)
+    for trial, dataset, row in (each for each in nested if each[0] < (each[2].n_trials or spec.n_trials)):
         trial_seed = spec.n_trials_from + trial
         for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
             args: dict[str, Any] = {

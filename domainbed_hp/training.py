@@ -95,8 +95,6 @@ class Training:
             self.run = run.on(features)
         environments = features or run.dataset.environments
         self.scored = eval_loaders(environments, run.split, batch_size, workers, max_images=limit, pin=run.on_gpu)
-        if self.average is not None and self.average.VALIDATES and not self.validation_splits():
-            raise UsageError(f"average={run.hparams['average']} needs validation images: --holdout_fraction above 0")
         some = min(PROBE, limit or PROBE)
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
         self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]

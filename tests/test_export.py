@@ -12,6 +12,7 @@ from helpers import images, make, randomize
 
 from domainbed_hp.models import Recipe, save_model
 from domainbed_hp.prompts.base import class_prompts
+from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.export import main as export
 from domainbed_hp.scripts.train import main as train
@@ -43,6 +44,7 @@ def logits_of_stock_open_clip(folder: Path, x: torch.Tensor, prompts: list[str])
         ("HeadPurification", {"gates": "sigmoid"}),
         ("LoRA", {"lora_targets": "qkvo"}),
         ("FineTuneCLIP", {"lr": 1e-3}),
+        ("CLIPLoRA", {}),
     ],
 )
 def test_exported_folder_gives_the_same_logits(tmp_path: Path, algorithm: str, hparams: dict) -> None:
@@ -100,3 +102,9 @@ def test_vit_b_16_from_a_checkpoint_file_to_stock_open_clip(tmp_path: Path, shar
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     moved = algorithm.tower.merge()["visual.transformer.resblocks.11.attn.in_proj_weight"]
     assert not torch.equal(moved, start.tower.merge()["visual.transformer.resblocks.11.attn.in_proj_weight"])
+
+
+@pytest.mark.parametrize("prompt", ["coop", "from_text", "random"])
+def test_a_classifier_that_is_no_text_of_clips_is_not_dropped_in_silence(prompt: str) -> None:
+    with pytest.raises(UsageError, match=f"prompt={prompt}.*image tower alone"):
+        make("FineTuneCLIP", prompt=prompt).merge()

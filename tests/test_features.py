@@ -20,10 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from domainbed_hp import features, keep, records
-from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
+from domainbed_hp.algorithms.base import Pixels
+from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm, trainable
+from domainbed_hp.algorithms.frozen_clip import FrozenCLIP
 from domainbed_hp.datasets.loader import Batch, EvalLoader, TrainSteps
 from domainbed_hp.datasets.prefetch import Workers
 from domainbed_hp.datasets.shapes_dg import CLASS_NAMES, draw_environment
+from domainbed_hp.datasets.spec import ArrayImages
+from domainbed_hp.datasets.views import Decoded
 from domainbed_hp.models import build
 from domainbed_hp.networks.clip import MINI
 from domainbed_hp.networks.vit import VisionTower
@@ -223,19 +227,20 @@ def test_anything_that_changes_the_features_changes_the_key(
     drawn: Path, tmp_path: Path, cache: Path, encoded: list[int]
 ) -> None:
     data = tmp_path / "data"
-    shutil.copytree(drawn, data)  # keeps times
+    shutil.copytree(drawn, data)  # keeps names, sizes and times of modification, as other images may have them
     computed(drawn)
     known = folders(cache)
     assert len(known) == 1
     encoded.clear()
-    computed(data)
-    assert folders(cache) == known and not encoded, "the same files elsewhere are the same images"
+    computed(drawn)
+    assert folders(cache) == known and not encoded
 
     def is_new(what: str, **settings: Any) -> None:
         computed(data, **settings)
         assert len(folders(cache)) == len(known) + 1, what
         known.update(folders(cache))
 
+    is_new("a copy")
     image = data / "mine" / "A" / "boat" / "0.png"
     before = image.read_bytes()
     with Image.open(image) as old:
@@ -519,3 +524,31 @@ def test_a_sweep_passes_it_on_and_its_jobs_stay_the_same() -> None:
     assert encode.folder == plain.folder
     with pytest.raises(UsageError, match="Known: cached, encode"):
         SweepSpec.of({**asdict(spec), "rows": [{"algorithm": "FrozenCLIP"}], "features": "cache"}, "s.toml")
+
+
+class Norms(FrozenCLIP):
+    """Unfreezes what its parent says is frozen."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        norms = trainable(p for name, p in self.tower.named_parameters() if "ln_" in name)
+        self.train_with({"params": norms, "lr": 1e-3})
+
+
+def test_a_tower_that_trains_after_all_is_not_cached(drawn: Path, tmp_path: Path, cache: Path) -> None:
+    run = plan(args(tmp_path, drawn))
+    for kind, cached in ((FrozenCLIP, True), (Norms, False)):
+        told = run.hparams | {"class_names": run.dataset.class_names}
+        algorithm = kind((3, 64, 64), len(run.dataset.class_names), 2, told)
+        with evaluation(algorithm), Workers(0) as workers:
+            assert (features.cached_features(run, algorithm, 64, workers) is not None) == cached
+
+
+def test_images_that_inherit_their_fingerprint_are_not_told_apart_by_it() -> None:
+    class Inverted(ArrayImages):
+        def __getitem__(self, i: int) -> Image.Image:
+            return Image.fromarray(255 - self.array[i])
+
+    array, labels, pixels = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64), Pixels(8)
+    assert Decoded(ArrayImages(array, labels), pixels).fingerprint()
+    assert Decoded(Inverted(array, labels), pixels).fingerprint() == ""

@@ -65,6 +65,15 @@ def test_what_was_launched_stays_listed_and_what_was_not_is_forgotten(tmp_path: 
     assert [row["label"] for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]] == ["ERM", "LoRA"]
 
 
+def test_what_is_part_of_a_sweep_forgets_none_of_it(tmp_path: Path) -> None:
+    first = jobs_of(tmp_path, "ERM")
+    with listed(tmp_path, sweep_of("ERM"), first):
+        pass
+    with listed(tmp_path, sweep_of("ERM"), first[:1], part=True):
+        pass
+    assert load_jobs(tmp_path) == first
+
+
 LAUNCHER = """
 import sys, time
 from pathlib import Path

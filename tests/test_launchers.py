@@ -269,7 +269,8 @@ def test_nothing_leaks_from_one_job_to_the_next(stub: Path) -> None:
 import torch
 found = [dict(os.environ), os.getcwd(), sys.path, signal.getsignal(signal.SIGTERM).name, sys.stdout is sys.__stdout__]
 from torch.backends import cuda, cudnn, mkldnn
-found += [registry.ALGORITHMS, registry.DATASETS, torch.get_num_threads(), str(torch.get_default_dtype())]
+found += [registry.ALGORITHMS, registry.PROMPTS, registry.DATASETS]
+found += [torch.get_num_threads(), str(torch.get_default_dtype())]
 found += [torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.get_deterministic_debug_mode()]
 found += [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32]
 found += [cudnn.conv.fp32_precision, mkldnn.matmul.fp32_precision, str(torch.empty(0).device)]
@@ -280,7 +281,7 @@ import io, torch
 os.environ["MINE"] = "1"; del os.environ["HOME"]
 sys.path.insert(0, "/mine"); sys.stdout = io.StringIO()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-registry.ALGORITHMS["Mine"] = "mine:Mine"; registry.DATASETS.clear()
+registry.ALGORITHMS["Mine"] = "mine:Mine"; registry.PROMPTS["Mine"] = "mine:Text"; registry.DATASETS.clear()
 torch.set_num_threads(3); torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False)
 torch.set_float32_matmul_precision("medium"); torch.use_deterministic_algorithms(True)
 cudnn = torch.backends.cudnn

@@ -118,3 +118,5 @@ def test_a_row_that_is_planned_with_fewer_trials_lacks_none(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     assert find_missing(load(tmp_path)) == []
     assert "fewer trials than 2, as planned: LoRA (1)" in make(load(tmp_path)).notes
+    write(tmp_path / "other", record(0, 0.5, algorithm="LoRA", steps=3))  # a row of its own, planned alike
+    assert {(key[0], key[3]) for key in keys(find_missing(load(tmp_path)))} == {("LoRA (steps=3)", 0)}

@@ -13,7 +13,7 @@ from domainbed_hp.hparams_registry import default_hparams
 from domainbed_hp.networks.clip import MINI, Clip, load_clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.prompts import per_image
-from domainbed_hp.prompts.base import TextSide, text_side
+from domainbed_hp.prompts.base import TextSide, class_prompts, text_side
 from domainbed_hp.registry import UsageError
 
 NAMES = [name.replace("_", " ") for name in CLASSES]
@@ -361,3 +361,28 @@ def test_learning_lowers_the_loss(prompt: str, lr: float) -> None:
     algorithm = make("FrozenCLIP", prompt=prompt, prompt_lr=lr)
     losses = [algorithm.update(batches((4, 4, 4)))["ce"] for _ in range(6)]
     assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("targets", ["", "xyz", "qq"])
+def test_text_lora_targets_are_checked(targets: str) -> None:
+    with pytest.raises(UsageError, match="text_lora_targets.*each at most once"):
+        make("LoRA", prompt="text_lora", text_lora_targets=targets)
+
+
+def test_braces_in_a_template_are_plain_text() -> None:
+    assert class_prompts(["sea_horse"], "a {x} of {} }") == ["a {x} of sea horse }"]
+
+
+def test_a_linear_classifier_answers_in_full_precision() -> None:
+    algorithm = make("FrozenCLIP", prompt="random")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert algorithm.predict(images(2)).dtype == torch.float32
+
+
+def test_kept_text_features_are_those_of_the_precision_at_hand() -> None:
+    algorithm = make("FrozenCLIP", prompt="coop").eval()
+    with torch.no_grad():
+        expected = algorithm.predict(images(2))
+        with torch.autocast("cpu", torch.bfloat16):
+            algorithm.predict(images(2))
+        assert torch.equal(algorithm.predict(images(2)), expected)

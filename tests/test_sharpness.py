@@ -24,13 +24,13 @@ class Linear(Algorithm):
         g = torch.Generator().manual_seed(0)
         self.weight = nn.Parameter(torch.randn(3, 5, generator=g, dtype=torch.float64))
         self.unused = nn.Parameter(torch.ones(2))
-        self.register_buffer("seen", torch.zeros(()))
+        self.norm = nn.BatchNorm1d(5, affine=False, dtype=torch.float64)  # looks on
         self.stop = stop
         self.optimizer = torch.optim.SGD([self.weight], lr=0.5)
 
     def predict(self, x: Tensor) -> Tensor:
         if self.training:
-            self.seen += 1
+            self.norm(x)
         return x @ self.weight.T
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
@@ -71,7 +71,7 @@ def test_a_step_has_the_gradient_of_the_climbed_point_and_starts_below_it(
     climbed = before + 0.4 * g / g.norm()
     with find_climb(algorithm, {"sharpness": sharpness, "sam_rho": 0.4, "disam_weight": 0.3})(domains()):
         torch.testing.assert_close(algorithm.weight.detach(), climbed)
-        assert algorithm.seen == 0  # buffers are back before the update
+        assert algorithm.norm.num_batches_tracked == 0  # buffers are back before the update
         algorithm.update(domains())
     torch.testing.assert_close(algorithm.weight.detach(), before - 0.5 * gradients(climbed)[1].mean(0))
     assert algorithm.unused.equal(torch.ones(2))
@@ -135,6 +135,33 @@ def test_without_a_climb_it_is_the_plain_update_and_with_one_it_is_not(name: str
     assert all(torch.equal(a, b) for a, b in zip(plain, still, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(plain, climbed, strict=True))
     assert all(p.isfinite().all() for p in climbed)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("FineTuneCLIP", "promptstyler"), ("FineTuneCLIP", "duprg"), ("HeadPurification", "duprg")]
+)
+def test_a_classifier_that_is_fitted_in_the_climb_stays(name: str, prompt: str) -> None:
+    small = {"styler_styles": 2, "styler_steps": 2, "styler_epochs": 2} if prompt == "promptstyler" else {}
+    algorithm = make(name, prompt=prompt, **(small or {"duprg_epochs": 2}))
+    with sam(algorithm)(batches()):
+        assert algorithm.text.fitted
+        features = algorithm.text.features.clone()
+        algorithm.update(batches())
+    assert torch.equal(algorithm.text.features, features)
+
+
+def test_a_text_side_that_trains_by_its_own_loss_has_nothing_to_climb() -> None:
+    algorithm = make("FrozenCLIP", prompt="duprg", duprg_per_step=True)
+    with sam(algorithm)(batches()):
+        algorithm.update(batches())
+
+
+def test_what_rests_is_not_climbed() -> None:
+    algorithm = make("LPFT", steps=4)
+    tower = [p.detach().clone() for p in algorithm.tower.parameters()]
+    with sam(algorithm)(batches()):
+        assert all(torch.equal(a, b) for a, b in zip(tower, algorithm.tower.parameters(), strict=True))
+        algorithm.update(batches())
 
 
 def test_a_method_that_does_not_train_has_nothing_to_climb() -> None:

@@ -200,6 +200,41 @@ def test_a_choice_brings_its_hparams(stubs: Path) -> None:
         resolve_rows(spec_of(rows=rows[1:], hparams={"average_start": 5}))
 
 
+def test_hparams_of_an_algorithm_go_to_its_rows_that_know_them() -> None:
+    rows = [{"algorithm": "FrozenCLIP", "label": p, "hparams": {"prompt": p}} for p in ("coop", "random")]
+    general = {"clip_model": "mini", "clip_pretrained": "shapes"}
+    spec = spec_of(rows=rows, hparams={**general, "FrozenCLIP": {"prompt_tokens": 4}})
+    assert [row.hparams.get("prompt_tokens") for row in resolve_rows(spec)] == [4, None]
+    with pytest.raises(UsageError, match="coop on .*unknown hparam of FrozenCLIP 'prompt_token'"):
+        resolve_rows(spec_of(rows=rows, hparams={**general, "FrozenCLIP": {"prompt_token": 4}}))
+
+
+def test_a_missing_choice_is_named() -> None:
+    rows = [{"algorithm": "ERM", "hparams": {"average_start": 5}}]
+    with pytest.raises(UsageError, match="'average_start'.*It comes with average=sma$"):
+        resolve_rows(spec_of(rows=rows))
+    rows = [{"algorithm": "ERM", "label": "mean", "hparams": {"average": "smaa"}}]
+    with pytest.raises(UsageError, match="^mean: unknown average 'smaa'. Did you mean 'sma'"):
+        resolve_rows(spec_of(rows=rows))
+
+
+def test_swad_without_validation_images_is_refused_before_any_job() -> None:
+    rows = [{"algorithm": "ERM", "hparams": {"average": "swad"}}]
+    resolve_rows(spec_of(rows=rows))
+    with pytest.raises(UsageError, match="average=swad needs validation images"):
+        resolve_rows(spec_of(rows=rows, holdout_fraction=0.0))
+    with pytest.raises(UsageError, match="swad_tolerance: got 2, expected at least swad_converge, 3"):
+        resolve_rows(spec_of(rows=[{"algorithm": "ERM", "hparams": {"average": "swad", "swad_tolerance": 2}}]))
+
+
+def test_the_flag_for_trials_is_for_all_rows(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        'output_dir = "a"\ndatasets = ["PACS"]\n[[rows]]\nalgorithm = "ERM"\nn_trials = 5\n'
+    )
+    assert spec_from(str(tmp_path / "s.toml"), {}).rows[0].n_trials == 5
+    assert spec_from(str(tmp_path / "s.toml"), {"n_trials": 1}).rows[0].n_trials is None
+
+
 def test_later_hparams_win_and_general_ones_go_to_who_knows_them(stubs: Path) -> None:
     spec = spec_of(
         rows=[

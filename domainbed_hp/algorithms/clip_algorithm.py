@@ -80,7 +80,6 @@ class ClipAlgorithm(Algorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         find_clip(hparams["clip_model"], hparams["clip_pretrained"])
-        prompt_class(hparams["prompt"]).validate(hparams)
 
     @classmethod
     def frozen(cls, hparams: dict[str, Any]) -> bool:
@@ -93,7 +92,7 @@ class ClipAlgorithm(Algorithm):
             "weights": f"{hparams['clip_model']}, {hparams['clip_pretrained']}",
             "quick_gelu": bool(source.model_cfg.get("quick_gelu", False)),
             "prompt": hparams["prompt"],
-            "template": hparams.get("template", "learned" if text.TRAINS or text.SOURCE_FREE else "its own"),
+            "template": hparams.get("template"),
             "transductive": text.transductive(hparams),
             "source_free": not cls.IMAGE_SIDE_TRAINS and (text.SOURCE_FREE or not text.TRAINS),
         }

@@ -6,7 +6,8 @@ from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
-from domainbed_hp.registry import PROMPTS, UsageError
+from domainbed_hp.networks.heads import check_targets
+from domainbed_hp.registry import PROMPTS
 
 
 class CLIPLoRA(ClipAlgorithm):
@@ -21,7 +22,7 @@ class CLIPLoRA(ClipAlgorithm):
         "prompt": HParam("text_lora", plugins=PROMPTS, help="the text side"),
         "clip_lora_rank": HParam(2, choice(2, 4, 8), "r", at_least=1),
         "clip_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
-        "clip_lora_dropout": HParam(0.25, help="on the input of A", at_least=0),
+        "clip_lora_dropout": HParam(0.25, help="on the input of A", at_least=0, below=1),
         "clip_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
         "lr": HParam(2e-4, log_uniform(10, -5, -3), "AdamW, cosine to 0", at_least=0),
         "weight_decay": HParam(0.01, log_uniform(10, -6, -2), at_least=0),
@@ -37,8 +38,4 @@ class CLIPLoRA(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        targets = hparams["clip_lora_targets"]
-        if not targets or set(targets) - set("qkvo") or len(set(targets)) != len(targets):
-            raise UsageError(f"clip_lora_targets: got {targets!r}, expected some of q, k, v, o, each at most once")
-        if not hparams["clip_lora_dropout"] < 1:
-            raise UsageError(f"clip_lora_dropout: got {hparams['clip_lora_dropout']}, expected less than 1")
+        check_targets("clip_lora_targets", hparams["clip_lora_targets"], least=1)

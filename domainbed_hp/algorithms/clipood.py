@@ -44,7 +44,7 @@ class CLIPood(FineTuneCLIP):
         x, y = join(minibatches)
         images = unit(self.encode(x))
         text = self.text.class_features(images, sizes(minibatches))  # (C, E) or (B, C, E)
-        fixed = text.detach()  # a text side that trains could shrink its own margins
+        fixed = unit(text.detach())  # a text side that trains could shrink its own margins
         right = fixed[y] if fixed.dim() == 2 else fixed[torch.arange(len(y), device=y.device), y]
         margins = self.hparams["margin"] * similarity(right, fixed)
         return {"ce": F.cross_entropy(self.logit_scale * (similarity(images, text) - margins), y)}

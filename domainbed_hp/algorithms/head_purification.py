@@ -87,7 +87,7 @@ class HeadPurification(ClipAlgorithm):
         x, y = join(minibatches)
         trace: list[Trace] = []
         features = self.encode(x, trace)
-        ce = F.cross_entropy(self.text(features, sizes(minibatches)), y)
+        ce = F.cross_entropy(self.classify(features, sizes(minibatches)), y)
         return {"ce": ce, "mmd": self.discrepancy(features, trace, sizes(minibatches))[0]}
 
     def discrepancy(

@@ -4,6 +4,7 @@ from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm
 from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.networks.heads import check_targets
 from domainbed_hp.registry import UsageError
 
 LORA_HPARAMS = {
@@ -36,6 +37,5 @@ class LoRA(ClipAlgorithm):
 def adapter_shape(hparams: dict[str, Any]) -> tuple[str, int, int]:
     """(targets, rank, rank in the last two layers); `UsageError` for a target that is none of q, k, v, o."""
     targets = hparams["lora_targets"]
-    if set(targets) - set("qkvo") or len(set(targets)) != len(targets):
-        raise UsageError(f"lora_targets: got {targets!r}, expected any of the letters q, k, v, o, each at most once")
+    check_targets("lora_targets", targets)
     return targets, hparams["lora_rank"], hparams["lora_rank_last"]

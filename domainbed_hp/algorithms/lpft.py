@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, trainable
 from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import prompt_class
 from domainbed_hp.registry import PROMPTS, UsageError
 
@@ -61,12 +61,12 @@ class LPFT(ClipAlgorithm):
     def probing(self) -> bool:
         return int(self.steps_done) < self.probe_steps
 
-    def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, trace: list[Trace] | None = None, tower: VisionTower | None = None) -> Tensor:
         for parameter in self.body:  # a probe's gradient stops at the image features
             parameter.requires_grad_(not self.probing)
-        losses = super().losses(minibatches)
+        features = super().encode(x, trace, tower)
         trainable(self.body)
-        return losses
+        return features
 
     def step(self) -> None:
         probe, fine_tuning = (self.text_optimizer, self.text_schedule), (self.optimizer, self.schedule)

@@ -32,8 +32,9 @@ class MIRO(ClipAlgorithm):
     513 C.
     """
 
-    # DEVIATION: cosine schedule, where MIRO's learning rate is constant; the linear head has one of its own,
-    # prompt_lr, where MIRO's is lr; CLIP's pixels, where the release squashes and normalises as for ImageNet.
+    # DEVIATION: the first feature is what the first layer sees, where the release has conv1's output. Cosine schedule,
+    # where MIRO's learning rate is constant; the linear head has one of its own, prompt_lr, where MIRO's is lr; CLIP's
+    # pixels, where the release squashes and normalises as for ImageNet.
     HPARAMS = CLIP_HPARAMS | {
         "prompt": HParam("random", plugins=PROMPTS, help="the text side; random: a linear head, as MIRO's"),
         "augmentation": HParam("domainbed", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
@@ -50,8 +51,9 @@ class MIRO(ClipAlgorithm):
         h = self.hparams
         if h["miro_released_pixels"]:
             self.tower.normalise = Normalise()
+        prompts, self.tower.prompts = self.tower.prompts, tuple  # a text side's stay its own
         self.pretrained = copy.deepcopy(self.tower)  # stays frozen
-        self.pretrained.prompts = tuple
+        self.tower.prompts = prompts
         layers, width = len(self.tower.blocks), self.tower.class_embedding.shape[0]
         self.ends = sorted({-(-quarter * layers // 4) - 1 for quarter in (1, 2, 3, 4)})
         start = torch.tensor(VARIANCE - EPSILON).expm1().log().item()  # the inverse of softplus

@@ -39,13 +39,20 @@ class FolderImages:
             raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
 
     def fingerprint(self) -> str:
-        """Of names, sizes and modification times, as rsync tells files apart; wherever the folder lies."""
+        """Of names, sizes, and when contents and inodes changed, so that a copy is another folder.
+
+        Times of modification alone are what archives say: two folders unpacked from different ones may share them.
+        """
         found = hashlib.sha256()
         root = os.path.commonpath(self.paths)
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             status = os.stat(path)
             name = os.path.relpath(path, root).replace(os.sep, "/")
-            found.update(f"{name}\n{label} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            found.update(
+                f"{name}\n{label} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
         return found.hexdigest()
 
 

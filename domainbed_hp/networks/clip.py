@@ -136,7 +136,7 @@ class Clip:
         """The text tower, frozen, for prompts that are not plain text; call it once, and `text_features` before."""
         if not isinstance(self._model, open_clip.CLIP):
             raise UsageError(f"{self.source.name}: its text tower is not of CLIP's own kind; use prompt=template")
-        return TextTower(self._model, _tokenizer(self.source)).requires_grad_(False)
+        return TextTower(self._model, _tokenizer(self.source), self.source.random).requires_grad_(False)
 
 
 def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[str]) -> Tensor:

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainbed_hp.registry import UsageError
+
 GateKind = Literal["none", "softmax", "sigmoid", "hard"]
+
+
+def check_targets(hparam: str, targets: str, least: int = 0) -> None:
+    """`UsageError` for a target that is none of the projections q, k, v, o."""
+    if len(targets) < least or set(targets) - set("qkvo") or len(set(targets)) != len(targets):
+        some = "some" if least else "any"
+        raise UsageError(f"{hparam}: got {targets!r}, expected {some} of the letters q, k, v, o, each at most once")
 
 
 class HeadLoRA(nn.Module):

@@ -19,8 +19,9 @@ class TextTower(nn.Module):
     Shapes: n sequences of L tokens, width W, features E.
     """
 
-    def __init__(self, pretrained: Any, tokenizer: Any) -> None:
+    def __init__(self, pretrained: Any, tokenizer: Any, random: bool = False) -> None:
         super().__init__()
+        self.random = random  # weights that nothing on disk gives back
         pool = getattr(pretrained, "text_pool_type", None)
         if pool not in ("argmax", "eos") or pretrained.attn_mask is None or not hasattr(tokenizer, "eot_token_id"):
             raise UsageError(
@@ -107,12 +108,16 @@ class Sentences(nn.Module):
         longest = self.at + gap + max(map(len, tails))
         if longest > tower.context_length:
             raise UsageError(
-                f"a prompt has {longest} tokens, the text tower reads {tower.context_length}: fewer prompt_tokens, or "
-                "shorter class names"
+                f"a prompt has {longest} tokens, the text tower reads {tower.context_length}: shorter class names, a "
+                "shorter template, or fewer prompt_tokens"
             )
-        self.register_buffer("head", embedding[head].clone(), persistent=False)  # (at, W)
-        self.register_buffer("tails", embedding[pad_sequence(tails, batch_first=True)], persistent=False)  # (C, _, W)
-        self.register_buffer("ends", self.at + gap - 1 + torch.tensor([len(t) for t in tails]), persistent=False)
+        buffers = {
+            "head": embedding[head].clone(),  # (at, W)
+            "tails": embedding[pad_sequence(tails, batch_first=True)],  # (C, _, W)
+            "ends": self.at + gap - 1 + torch.tensor([len(tail) for tail in tails]),  # (C,)
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=tower.random)
         self.head: Tensor
         self.tails: Tensor
         self.ends: Tensor

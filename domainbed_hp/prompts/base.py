@@ -22,7 +22,7 @@ def class_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[
     """One prompt a class; underscores in class names become spaces."""
     if template.count("{}") != 1:
         raise UsageError(f"template {template!r}: expected one {{}} where the class name goes, e.g. {TEMPLATE!r}")
-    return [template.format(name.replace("_", " ")) for name in class_names]
+    return [template.replace("{}", name.replace("_", " ")) for name in class_names]
 
 
 class TextSide(nn.Module):
@@ -51,6 +51,8 @@ class TextSide(nn.Module):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         """`UsageError` for hparams that do not go together, before anything is built."""
+        if "template" in cls.HPARAMS:
+            class_prompts([], hparams["template"])
 
     @classmethod
     def trains(cls, hparams: dict[str, Any]) -> bool:
@@ -68,7 +70,7 @@ class TextSide(nn.Module):
         `images`: unit-norm image features (B, E). `sizes`: of the source domains that follow each other in the batch;
         None in evaluation.
         """
-        raise NotImplementedError(f"{type(self).__name__}.encode")
+        raise NotImplementedError(f"{type(self).__name__}.encode")  # also where TEXT is False
 
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Over all that trains here; the algorithm gives it a cosine schedule."""
@@ -82,15 +84,19 @@ class TextSide(nn.Module):
         return {}
 
     def merge(self) -> dict[str, Tensor]:
-        """CLIP's own text weights that it changed, under their own names."""
-        return {}
+        """CLIP's own text weights that it changed, under their own names; `UsageError` where others classify."""
+        raise UsageError(
+            f"prompt={self.hparams['prompt']}: its classifier is not what a CLIP's text tower makes of a template; the "
+            "image tower alone is `algorithm.tower.merge()`"
+        )
 
     def class_features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """`encode`, asked once as long as nothing changes where no gradient is wanted and images do not matter."""
         if self.PER_IMAGE or torch.is_grad_enabled():
             return self.encode(images, sizes)
         state = (*self.parameters(), *self.buffers())
-        now = (images.device, self.training, *((id(value), value._version) for value in state))
+        cast = torch.is_autocast_enabled(images.device.type)
+        now = (images.device, cast, self.training, *((id(value), value._version) for value in state))
         if self.kept is None or self.kept[0] != now:
             self.kept = now, self.encode(images, sizes)
         return self.kept[1]
@@ -115,6 +121,11 @@ def unit(features: Tensor) -> Tensor:
 def sgd(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
     """What prompt learners train with: SGD with momentum 0.9, by `prompt_lr` and `prompt_weight_decay`."""
     return torch.optim.SGD(parameters, hparams["prompt_lr"], momentum=0.9, weight_decay=hparams["prompt_weight_decay"])
+
+
+def adamw(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW by `prompt_lr` and `prompt_weight_decay`."""
+    return torch.optim.AdamW(parameters, hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
 
 
 def prompt_class(name: str) -> type[TextSide]:

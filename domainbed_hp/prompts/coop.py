@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, sgd, unit
+from domainbed_hp.prompts.base import TextSide, class_prompts, sgd, unit
 
 PROMPT_HPARAMS = {
     "prompt_lr": HParam(2e-3, log_uniform(10, -4, -2), "of the text side: SGD, momentum 0.9, cosine to 0", at_least=0),
@@ -26,13 +26,12 @@ class CoOp(TextSide):
     """
 
     # DEVIATION: no epoch of constant learning rate before the cosine.
-    HPARAMS = PROMPT_HPARAMS | {"prompt_tokens": HParam(16, lambda r: int(r.choice([4, 8, 16])), "M", at_least=1)}
+    HPARAMS = PROMPT_HPARAMS | {"prompt_tokens": HParam(16, choice(4, 8, 16), "M", at_least=1)}
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
         self.tower = clip.text_tower()
-        names = [f"{name.replace('_', ' ')}." for name in class_names]
-        self.sentences = Sentences(self.tower, "", hparams["prompt_tokens"], names)
+        self.sentences = Sentences(self.tower, "", hparams["prompt_tokens"], class_prompts(class_names, "{}."))
         self.context = nn.Parameter(torch.empty(hparams["prompt_tokens"], self.tower.width))
         nn.init.normal_(self.context, std=0.02)
 

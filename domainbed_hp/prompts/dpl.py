@@ -33,7 +33,7 @@ class DPL(TextSide):
         "prompt_weight_decay": HParam(0.0, help="of the MLP", at_least=0),
         "dpl_momentum": HParam(0.1, choice(0.0, 0.1, 0.2), "of its SGD", at_least=0),
         "dpl_width": HParam(512, choice(256, 512), "hidden width of the MLP", at_least=1),
-        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "in its two hidden layers", at_least=0),
+        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "in its two hidden layers", at_least=0, below=1),
         "dpl_scale": HParam(10.0, help="length of the image features it reads; CLIP's own are about 10", at_least=0),
         "dpl_transductive": HParam(False, help="evaluation: one prompt, the mean over the batch, as released"),
         "dpl_released_labels": HParam(False, help="training: K C text features, labels 0 to C - 1, as released"),
@@ -66,13 +66,11 @@ class DPL(TextSide):
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         prompts = self.mlp(self.hparams["dpl_scale"] * images)  # (B, M, W)
-        if sizes is None:
-            if self.hparams["dpl_transductive"]:
-                return encode_each(self.tower, self.sentences, prompts.mean(0, keepdim=True))[0]
+        if sizes is None and not self.hparams["dpl_transductive"]:
             return encode_each(self.tower, self.sentences, prompts)
-        domains = torch.stack([domain.mean(0) for domain in prompts.split(list(sizes))])  # (K, M, W)
+        domains = torch.stack([domain.mean(0) for domain in prompts.split(list(sizes or [len(images)]))])  # (K, M, W)
         text = encode_each(self.tower, self.sentences, domains)  # (K, C, E)
-        if self.hparams["dpl_released_labels"]:
+        if sizes is None or self.hparams["dpl_released_labels"]:
             return text.flatten(0, 1)
         return text.repeat_interleave(torch.tensor(sizes, device=text.device), dim=0, output_size=len(images))
 

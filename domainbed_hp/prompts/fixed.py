@@ -19,18 +19,17 @@ class Template(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.register_buffer("features", self.features_of(clip), persistent=False)  # (C, E)
+        self.register_buffer("features", self.features_of(clip), persistent=clip.source.random)  # (C, E)
         self.features: Tensor
-
-    @classmethod
-    def validate(cls, hparams: dict[str, Any]) -> None:
-        class_prompts([], hparams["template"])
 
     def features_of(self, clip: Clip) -> Tensor:
         return clip.text_features(class_prompts(self.class_names, self.hparams["template"]))
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         return self.features
+
+    def merge(self) -> dict[str, Tensor]:
+        return {}
 
 
 class Ensemble(Template):
@@ -39,10 +38,6 @@ class Ensemble(Template):
     HPARAMS = {
         "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates, or its 7")
     }
-
-    @classmethod
-    def validate(cls, hparams: dict[str, Any]) -> None:
-        pass
 
     def features_of(self, clip: Clip) -> Tensor:
         templates = {"imagenet80": OPENAI_IMAGENET_TEMPLATES, "imagenet7": SIMPLE_IMAGENET_TEMPLATES}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, adamw, class_prompts
 
 LINEAR_HPARAMS = {
-    "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "of the classifier: AdamW, cosine to 0", at_least=0),
+    "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "of the classifier: AdamW, cosine to 0; ours", at_least=0),
     "prompt_weight_decay": HParam(0.0, log_uniform(10, -6, -2), at_least=0),
 }
 
@@ -30,19 +30,14 @@ class FromText(TextSide):
         super().__init__(clip, class_names, hparams)
         self.weight = nn.Parameter(clip.text_features(class_prompts(class_names, hparams["template"])))
 
-    @classmethod
-    def validate(cls, hparams: dict[str, Any]) -> None:
-        class_prompts([], hparams["template"])
-
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         return self.weight  # its length trains, too
 
     def optimizer(self) -> torch.optim.Optimizer:
-        h = self.hparams
-        return torch.optim.AdamW(self.parameters(), h["prompt_lr"], weight_decay=h["prompt_weight_decay"])
+        return adamw(self.parameters(), self.hparams)
 
 
-class RandomLinear(FromText):
+class RandomLinear(TextSide):
     """No text: a linear classifier with bias and random start on image features of their own length, as DomainBed's.
 
     On a frozen tower it is the linear probe. Trainable parameters: C (E + 1).
@@ -52,16 +47,13 @@ class RandomLinear(FromText):
     TEXT = False
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
-        TextSide.__init__(self, clip, class_names, hparams)
+        super().__init__(clip, class_names, hparams)
         self.classifier = nn.Linear(clip.embed_dim, len(class_names))
 
-    @classmethod
-    def validate(cls, hparams: dict[str, Any]) -> None:
-        pass
-
-    def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        raise TypeError("a random linear classifier has no text features")
+    def optimizer(self) -> torch.optim.Optimizer:
+        return adamw(self.parameters(), self.hparams)
 
     def forward(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        logits: Tensor = self.classifier(features)
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.classifier(features)
         return logits

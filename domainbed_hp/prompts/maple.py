@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.networks.vit import VisionTower
@@ -31,7 +31,7 @@ class MaPLe(TextSide):
     # release copies one to all layers behind the first.
     HPARAMS = PROMPT_HPARAMS | {
         "prompt_lr": HParam(3.5e-3, log_uniform(10, -4, -2), "of all prompts: SGD, momentum 0.9, cosine", at_least=0),
-        "prompt_tokens": HParam(2, lambda r: int(r.choice([2, 4])), "M", at_least=1),
+        "prompt_tokens": HParam(2, choice(2, 4), "M", at_least=1),
         "prompt_depth": HParam(9, help="J; at most the layers of the smaller tower", at_least=1),
     }
     REACHES_IN = True

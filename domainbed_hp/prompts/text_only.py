@@ -46,8 +46,9 @@ class TextOnly(TextSide):
         """Fill `features`, whatever the caller does with gradients, precision and random numbers."""
         for helper in self.helpers:
             helper.to(device, self.features.dtype)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             torch.default_generator.manual_seed(int(self.seed))  # the CPU's alone, which `fork_rng` gives back
-            features = self.fit()
-        self.features.copy_(unit(features.detach()))
+            with torch.inference_mode(False), torch.enable_grad():
+                features = self.fit().detach()
+        self.features.copy_(unit(features))
         self.fitted.fill_(True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
+from domainbed_hp.networks.heads import check_targets
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, unit
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, adamw, class_prompts, unit
 
 
 class TunedTextTower(TextSide):
@@ -32,10 +33,6 @@ class TunedTextTower(TextSide):
         self.sentences = Sentences(self.tower, "", 0, class_prompts(class_names, hparams["template"]))
         self.trained = self.unfreeze()
 
-    @classmethod
-    def validate(cls, hparams: dict[str, Any]) -> None:
-        class_prompts([], hparams["template"])
-
     def unfreeze(self) -> list[torch.nn.Parameter]:
         found = [p for name, p in self.tower.named_parameters() if not name.startswith("token_embedding")]
         for parameter in found:
@@ -47,8 +44,7 @@ class TunedTextTower(TextSide):
         return unit(self.tower(self.sentences(nothing), self.sentences.ends))
 
     def optimizer(self) -> torch.optim.Optimizer:
-        h = self.hparams
-        return torch.optim.AdamW(self.trained, h["prompt_lr"], weight_decay=h["prompt_weight_decay"])
+        return adamw(self.trained, self.hparams)
 
     def merge(self) -> dict[str, Tensor]:
         return self.tower.merge()
@@ -63,11 +59,16 @@ class TextLoRA(TunedTextTower):
     HPARAMS = TEMPLATE_HPARAMS | {
         "text_lora_rank": HParam(2, help="r of the text tower", at_least=1),
         "text_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
-        "text_lora_dropout": HParam(0.25, help="on the input of A", at_least=0),
+        "text_lora_dropout": HParam(0.25, help="on the input of A", at_least=0, below=1),
         "text_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
         "prompt_lr": HParam(2e-4, log_uniform(10, -5, -3), "of the text tower: AdamW, cosine to 0", at_least=0),
         "prompt_weight_decay": HParam(0.01, log_uniform(10, -6, -2), at_least=0),
     }
+
+    @classmethod
+    def validate(cls, hparams: dict[str, Any]) -> None:
+        super().validate(hparams)
+        check_targets("text_lora_targets", hparams["text_lora_targets"], least=1)
 
     def unfreeze(self) -> list[torch.nn.Parameter]:
         h, rank = self.hparams, self.hparams["text_lora_rank"]

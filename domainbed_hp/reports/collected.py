@@ -93,9 +93,9 @@ class Collected:
         """Labels of rows in the order of the sweeps that planned them."""
         return list(dict.fromkeys(str(row["label"]) for sweep in self.sweeps for row in sweep["rows"]))
 
-    def trials_of(self, row: str) -> int | None:
+    def trials_of(self, label: str) -> int | None:
         """How many trials the sweeps plan for a row by itself; None where it has as many as all others."""
-        planned = [each.get("n_trials") for sweep in self.sweeps for each in sweep["rows"] if each["label"] == row]
+        planned = [each.get("n_trials") for sweep in self.sweeps for each in sweep["rows"] if each["label"] == label]
         return max(planned) if planned and all(planned) else None
 
 

@@ -52,6 +52,7 @@ def find_missing(collected: Collected) -> list[Missing]:
     have: dict[tuple[str, str], dict[Key, dict[str, Any]]] = defaultdict(dict)
     planned: dict[tuple[str, str], dict[Key, tuple[Job, bool]]] = defaultdict(dict)
     folders: dict[tuple[str, str], Path] = {}
+    labels: dict[str, str] = {}
     trials: dict[str, set[int]] = defaultdict(set)
     of_run = collected.frame.groupby("run")[["num_envs", "step"]].max().to_numpy()
     last: dict[tuple[str, str], dict[Key, int]] = defaultdict(dict)
@@ -60,12 +61,14 @@ def find_missing(collected: Collected) -> list[Missing]:
         place = run.row, run.args["dataset"]
         k = key(run.args)
         have[place][k] = run.args
+        labels[run.row] = run.label
         last[place][k] = max(last[place].get(k, 0), int(of_run[i, 1]))
         folders.setdefault(place, Path(run.folder).parent)
         count[run.args["dataset"]] = max(count[run.args["dataset"]], int(of_run[i, 0]))
     for plan in collected.planned:
         place = plan.row, plan.job.args["dataset"]
         planned[place][key(plan.job.args)] = plan.job, plan.done
+        labels[plan.row] = plan.job.row
         folders[place] = plan.job.folder.parent
     for place in [*have, *planned]:
         trials[place[1]] |= {trial for _, trial, _ in [*have[place], *planned[place]]}
@@ -77,7 +80,7 @@ def find_missing(collected: Collected) -> list[Missing]:
         envs = {(i,) for i in range(count[dataset])} | {envs for envs, _, _ in keys}
         if any(len(e) == 2 for e in envs):  # who has a pair wants all
             envs |= {(i, j) for i in range(count[dataset]) for j in range(i + 1, count[dataset])}
-        of_row = sorted(trials[dataset])[: collected.trials_of(row)]
+        of_row = sorted(trials[dataset])[: collected.trials_of(labels[row])]
         expected = product(of_row, sorted(envs), sorted({seed for _, _, seed in keys}))
         for trial, test_envs, hparams_seed in expected:
             k = test_envs, trial, hparams_seed

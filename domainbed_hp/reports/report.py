@@ -90,9 +90,9 @@ def terms(collected: Collected) -> list[str]:
 
 def fewer(collected: Collected) -> list[str]:
     """Rows that have fewer trials than others because their sweep says so."""
-    planned = {row: collected.trials_of(row) for row in collected.row_plan}
-    most = max([n for n in planned.values() if n], default=0)
-    few = [f"{row} ({n})" for row, n in planned.items() if n and n < most]
+    most = collected.frame["trial_seed"].nunique() if len(collected.frame) else 0
+    planned = {label: collected.trials_of(label) for label in collected.row_plan}
+    few = [f"{label} ({n})" for label, n in planned.items() if n and n < most]
     return [f"fewer trials than {most}, as planned: {', '.join(few)}"] if few else []
 
 

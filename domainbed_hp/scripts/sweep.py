@@ -140,7 +140,7 @@ def launch(spec: SweepSpec, args: argparse.Namespace, again: str, given: Sequenc
     output_dir = Path(spec.output_dir)
     # Jobs that are given are a part of a sweep, whose settings stay on record.
     known = given and (output_dir / SWEEP_FILE).exists()
-    with listed(output_dir, load_sweep(output_dir)[0] if known else described(spec, rows), jobs):
+    with listed(output_dir, load_sweep(output_dir)[0] if known else described(spec, rows), jobs, part=bool(given)):
         try:
             codes = launcher([job.command for job in to_launch]) if to_launch else []
         except KeyboardInterrupt:

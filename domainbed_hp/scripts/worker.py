@@ -84,7 +84,8 @@ def as_found() -> Iterator[None]:
 
     Random generators are not among it: every run seeds them.
     """
-    tables = [registry.ALGORITHMS, registry.DATASETS, registry.LAUNCHERS, os.environ]
+    known = (registry.ALGORITHMS, registry.PROMPTS, registry.AVERAGES, registry.SHARPNESS)
+    tables = [*known, registry.DATASETS, registry.LAUNCHERS, os.environ]
     before = [dict(table) for table in tables]
     folder, path, streams = os.getcwd(), list(sys.path), (sys.stdout, sys.stderr)
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
