@@ -86,7 +86,7 @@ class Training:
         trains = [p for p in self.algorithm.parameters() if p.requires_grad]
         self.average = find_average(trains, run.hparams, run.steps)
         self.climb = find_climb(self.algorithm, run.hparams)
-        self.trainable = sum(p.numel() for p in self.algorithm.parameters() if p.requires_grad)
+        self.trainable = sum(p.numel() for p in trains)
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
         batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
         with evaluation(self.algorithm), self.cast, stop.at_once():

@@ -747,7 +747,11 @@ def test_launch_without_flags_is_the_quickstart(
     assert capsys.readouterr().out.endswith("12 jobs: 0 done, 0 incomplete, 12 not launched.\n")
 
 
-@pytest.mark.parametrize(("name", "count"), [("quickstart", 12), ("shapes", 180), ("pacs", 20), ("main", 462)])
+SWEEPS = {"quickstart": 12, "shapes": 180, "pacs": 20, "main": 462}
+SWEEPS |= {"clip_baselines": 1848, "combinations": 1188, "shapes_methods": 152}
+
+
+@pytest.mark.parametrize(("name", "count"), SWEEPS.items())
 def test_sweep_files_hold_what_the_algorithms_know(name: str, count: int) -> None:
     path = ROOT / "sweeps" / f"{name}.toml"
     spec = SweepSpec.of(tomllib.loads(path.read_text()), path.name)
