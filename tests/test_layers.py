@@ -11,8 +11,8 @@ import domainbed_hp
 
 PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
-    "scripts": {"training", "planning", "plugins", "models", "keep", "runs", "settings", "sweep", "jobs", "progress",
-                "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
+    "scripts": {"training", "planning", "plugins", "models", "keep", "runs", "settings", "checking", "sweep", "jobs",
+                "progress", "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
                 "launchers", "averages", "scoring", "logs"},
     "training": {"features", "planning", "checkpoint", "runs", "algorithms", "datasets", "records", "models", "logs",
                  "disk", "averages", "sharpness", "scoring"},
@@ -26,7 +26,8 @@ BELOW = {
     "plugins": {"algorithms", "prompts", "datasets"},
     "logs": set(),
     "settings": {"sweep", "jobs"},
-    "sweep": {"jobs", "plugins", "hparams_registry", "algorithms", "datasets"},
+    "checking": {"sweep", "plugins", "hparams_registry", "algorithms", "datasets"},
+    "sweep": {"jobs", "datasets"},
     "progress": {"jobs", "runs"},
     "jobs": {"runs", "disk"},
     "reports": {"model_selection", "records", "jobs", "runs"},

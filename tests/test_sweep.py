@@ -17,6 +17,7 @@ from helpers import photo
 from domainbed_hp import jobs as jobs_module
 from domainbed_hp import registry, runs
 from domainbed_hp.algorithms.base import Pixels
+from domainbed_hp.checking import resolve_rows
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.jobs import Job, job_name, load_jobs
 from domainbed_hp.registry import UsageError
@@ -24,7 +25,7 @@ from domainbed_hp.runs import State
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts import sweep as script
 from domainbed_hp.settings import spec_from
-from domainbed_hp.sweep import Row, SweepSpec, described, make_jobs, resolve_rows
+from domainbed_hp.sweep import Row, SweepSpec, described, make_jobs
 
 ROOT = Path(__file__).parents[1]
 
