@@ -12,8 +12,8 @@ import domainbed_hp
 PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
     "scripts": {"training", "planning", "plugins", "models", "keep", "runs", "settings", "checking", "sweep", "jobs",
-                "progress", "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks", "datasets",
-                "launchers", "averages", "scoring", "logs"},
+                "progress", "reports", "model_selection", "records", "hparams_registry", "algorithms", "networks",
+                "datasets", "launchers", "averages", "scoring", "logs"},
     "training": {"features", "planning", "checkpoint", "runs", "algorithms", "datasets", "records", "models", "logs",
                  "disk", "averages", "sharpness", "scoring"},
     "averages": {"hparams_registry"},
