@@ -199,7 +199,10 @@ def weights_after(folder: Path, step: int) -> dict[str, Tensor]:
     return load_file(folder / f"model_step{step}.safetensors")
 
 
-@pytest.mark.parametrize("average", ["beta", "swad"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("average", [pytest.param("beta", marks=SLOW), "swad"])
 def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
     average: str, raw: Path, tmp_path: Path
 ) -> None:
@@ -236,7 +239,7 @@ def test_no_average_and_no_validation_images_no_loss(tmp_path: Path) -> None:
         run(tmp_path / "swad", SWAD_NOW, steps=1, holdout_fraction=0.0)
 
 
-@pytest.mark.parametrize(("average", "how"), [("beta", terminate), ("swad", crash)])
+@pytest.mark.parametrize(("average", "how"), [pytest.param("beta", terminate, marks=SLOW), ("swad", crash)])
 def test_a_run_with_an_average_goes_on_bit_for_bit(
     average: str, how: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +259,7 @@ def alike(folder: Path, whole: list[dict[str, Any]], resumed: list[dict[str, Any
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("call", [10, 13])
+@pytest.mark.parametrize("call", [10, pytest.param(13, marks=SLOW)])
 def test_a_record_that_is_stopped_is_validated_once(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second record: a record validates on two splits, then scores six."""
     whole = run(tmp_path / "whole", SWAD_NOW, checkpoint_freq=2)

@@ -103,6 +103,7 @@ def test_a_missing_pair_is_a_matter_of_leave_one_out_alone(domainbed_sweep, caps
     ]
 
 
+@pytest.mark.slow
 def test_what_is_missing_can_be_launched_and_completes_the_tables(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ["--datasets", "Debug28", "--algorithms", "LoRA", "--test_envs", "0", "1", "2", "--n_trials", "2"]

@@ -61,7 +61,10 @@ def records_of(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in r.items() if k not in ("step_time", "elapsed_s", "args")} for r in found]
 
 
-@pytest.mark.parametrize("free", [16_000, 60_000, 250_000])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("free", [pytest.param(16_000, marks=SLOW), 60_000, pytest.param(250_000, marks=SLOW)])
 def test_a_full_disk_is_named_loses_nothing_and_the_run_goes_on_once_there_is_room(
     small_disk: Path, tmp_path: Path, free: int
 ) -> None:

@@ -41,9 +41,9 @@ def logits_of_stock_open_clip(folder: Path, x: torch.Tensor, prompts: list[str])
     ("algorithm", "hparams"),
     [
         ("HeadPurification", {"lora_targets": "qkvo"}),
-        ("HeadPurification", {"gates": "sigmoid"}),
-        ("LoRA", {"lora_targets": "qkvo"}),
-        ("FineTuneCLIP", {"lr": 1e-3}),
+        pytest.param("HeadPurification", {"gates": "sigmoid"}, marks=pytest.mark.slow),
+        pytest.param("LoRA", {"lora_targets": "qkvo"}, marks=pytest.mark.slow),
+        pytest.param("FineTuneCLIP", {"lr": 1e-3}, marks=pytest.mark.slow),
         ("CLIPLoRA", {}),
     ],
 )

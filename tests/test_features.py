@@ -103,7 +103,13 @@ def folders(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir() if path.is_dir()}
 
 
-@pytest.mark.parametrize(("prompt", "rate"), [("random", 0.01), ("coop", 0.005), ("from_text", 0.0003)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rate"),
+    [("random", 0.01), pytest.param("coop", 0.005, marks=SLOW), pytest.param("from_text", 0.0003, marks=SLOW)],
+)
 def test_training_on_features_is_training_on_images(
     drawn: Path,
     tmp_path: Path,
@@ -363,6 +369,7 @@ def child(drawn: Path, log: Path, what: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_jobs_that_ask_at_once_compute_once(drawn: Path, tmp_path: Path, cache: Path) -> None:
     jobs = [child(drawn, tmp_path / "log", "slow") for _ in range(2)]
     answers = [job.communicate()[0].splitlines()[-1] for job in jobs]
@@ -370,6 +377,7 @@ def test_jobs_that_ask_at_once_compute_once(drawn: Path, tmp_path: Path, cache: 
     assert (tmp_path / "log").read_text() == "written\n"
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_nothing_that_is_believed(
     drawn: Path, tmp_path: Path, cache: Path, encoded: list[int]
 ) -> None:

@@ -37,6 +37,7 @@ def outcome(folder: Path, jobs: list[dict[str, Any]]) -> list[list[dict[str, Any
     return found
 
 
+@pytest.mark.slow
 def test_jobs_that_share_a_process_end_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[dict[str, Any]] = [
         {"algorithm": "FineTuneCLIP"},  # changes the tower that the next ones start from

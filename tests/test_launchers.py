@@ -209,6 +209,7 @@ def job(name: str, what: str = "") -> list[str]:
     return [sys.executable, "-m", "stub", "--output_dir", name, what]
 
 
+@pytest.mark.slow
 def test_a_worker_runs_several_jobs_and_is_replaced(stub: Path) -> None:
     names = list("abcde")
     assert local.launch([job(name) for name in names], max_parallel=1, jobs_per_process=2) == [0] * 5
@@ -245,6 +246,7 @@ ENDINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_job_of_a_worker_ends_as_in_a_process_of_its_own(stub: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def launch(prefix: str, jobs_per_process: int) -> tuple[list[int], list[str | None]]:
         commands = [job(f"{prefix}{i}", what) for i, what in enumerate(ENDINGS)]

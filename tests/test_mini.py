@@ -69,6 +69,7 @@ def test_loss_is_clip_s_where_each_image_has_one_caption():
     torch.testing.assert_close(pretrain_mini.contrastive_loss(logits, torch.eye(5, dtype=torch.bool)), expected)
 
 
+@pytest.mark.slow
 def test_script_makes_a_loadable_model(tmp_path, monkeypatch):
     argv = ["--output_dir", str(tmp_path), "--images", "40", "--steps", "1", "1", "2", "--batch_size", "4"]
     assert pretrain_mini.main(argv) == 0

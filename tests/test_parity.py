@@ -81,6 +81,7 @@ def text_of(folder, runs, names):
     return plain.to_text(report.make(load(folder)))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sweeps().filter(len), st.randoms(use_true_random=False))
 def test_the_order_of_records_and_folders_never_changes_a_table(tmp_path, runs, chance):

@@ -387,6 +387,7 @@ sys.exit(run(sweep.main, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_launchers_run_no_job_twice(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     argv = ["launch", *DEBUG, "--n_hparams", "10", "--n_trials", "2", "--test_envs", "0", "1"]

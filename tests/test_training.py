@@ -73,6 +73,7 @@ def test_checkpoint_freq_never_changes_the_weights(tmp_path: Path, algorithm: st
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
+@pytest.mark.slow
 def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     records = go(tmp_path / "run", dataset="ShapesDG", eval_images=40, save_model_every_checkpoint=True)
     algorithm, recipe = load_model(tmp_path / "run")
@@ -157,6 +158,7 @@ def test_bad_input_is_refused_before_anything_is_built(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path: Path) -> None:
     a, b = (without_times(go(tmp_path / str(n), num_workers=n)) for n in (0, 2))
     for record in a + b:
@@ -241,7 +243,12 @@ def crash() -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "how", "step"),
-    [("HeadPurification", terminate, 3), ("HeadPurification", crash, 5), ("LoRA", crash, 0), ("LoRA", terminate, 6)],
+    [
+        ("HeadPurification", terminate, 3),
+        pytest.param("HeadPurification", crash, 5, marks=pytest.mark.slow),
+        ("LoRA", crash, 0),
+        pytest.param("LoRA", terminate, 6, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, how: Callable[[], object], step: int
