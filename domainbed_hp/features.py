@@ -36,6 +36,8 @@ from domainbed_hp.planning import Plan
 FORMAT = 1
 """Of the files, and of the features in them: another one where `VisionTower` computes something else."""
 ABOUT = "about.json"
+WORTH = 4
+"""Features are computed unless the data set has more than so many times the images that the run will ask for."""
 
 
 class Damaged(OSError):
@@ -87,6 +89,8 @@ def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: W
         arrays = open_or_compute(folder, key, run, algorithm, batch_size, workers)
     except OSError as error:
         print(f"{folder}: cannot keep features there ({error}); every batch is encoded", file=sys.stderr)
+        return None
+    if arrays is None:
         return None
     print(f"Features: {folder}")
     return [FeatureViews(array, views.labels) for array, views in zip(arrays, environments, strict=True)]
@@ -142,14 +146,20 @@ def opened(folder: Path) -> list[np.ndarray]:
 
 def open_or_compute(
     folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: Workers
-) -> list[np.ndarray]:
-    """The features in `folder`; of the jobs that find none one computes them and the others wait."""
+) -> list[np.ndarray] | None:
+    """The features in `folder`; of the jobs that find none one computes them and the others wait.
+
+    None where there are none and the run asks for too few to compute all.
+    """
     import filelock
 
     with contextlib.suppress(FileNotFoundError, Damaged):
         return opened(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     images = sum(map(len, run.dataset.environments))
+    if images > WORTH * asked(run):
+        print(f"Features: none of these {images} images are kept yet; the few of this run are encoded batch by batch")
+        return None
+    folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"Features: {images} images are encoded once, by this job or another (--features encode: each batch anew)")
     with filelock.FileLock(f"{folder}.lock"):
         try:
@@ -168,6 +178,15 @@ def open_or_compute(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return opened(folder)
+
+
+def asked(run: Plan) -> int:
+    """How many images a run encodes without features, the same one again and again."""
+    limit = run.args.eval_images
+    scored = sum(len(indices[:limit]) for split in run.split for indices in split.values())
+    records = -(-run.steps // run.checkpoint_freq)
+    batch_size: int = run.hparams["batch_size"]
+    return scored * records + run.steps * batch_size * len(run.train_envs)
 
 
 def write(

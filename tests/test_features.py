@@ -534,6 +534,21 @@ def test_a_sweep_passes_it_on_and_its_jobs_stay_the_same() -> None:
         SweepSpec.of({**asdict(spec), "rows": [{"algorithm": "FrozenCLIP"}], "features": "cache"}, "s.toml")
 
 
+def test_a_short_look_at_many_images_encodes_the_few(
+    drawn: Path, tmp_path: Path, cache: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = {"algorithm": "ZeroShotCLIP", "eval_images": 2, "hparams": {"batch_size": 1}}  # 10 images are scored
+    monkeypatch.setattr(features, "WORTH", 4)
+    few = go(tmp_path / "few", drawn, **look)
+    assert not cache.exists() and sum(encoded) < IMAGES
+    monkeypatch.setattr(features, "WORTH", 10)
+    go(tmp_path / "worth", drawn, **look)
+    monkeypatch.setattr(features, "WORTH", 4)
+    encoded.clear()
+    same(few, go(tmp_path / "there", drawn, **look))
+    assert not encoded, "what is there is used"
+
+
 class Norms(FrozenCLIP):
     """Unfreezes what its parent says is frozen."""
 
