@@ -104,6 +104,7 @@ def test_pairs_with_nan_are_left_out_and_said():
     assert found.differences[0].n == 6 and found.warnings() == ["PACS: 1 pairs hold NaN and are left out"]
 
 
+@pytest.mark.slow
 def test_the_interval_holds_what_it_says():
     """Of normal gains around nothing, nearly 95 % with ten trials in each of two environments."""
     rng = np.random.default_rng(0)

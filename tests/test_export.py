@@ -44,7 +44,7 @@ def logits_of_stock_open_clip(folder: Path, x: torch.Tensor, prompts: list[str])
         pytest.param("HeadPurification", {"gates": "sigmoid"}, marks=pytest.mark.slow),
         pytest.param("LoRA", {"lora_targets": "qkvo"}, marks=pytest.mark.slow),
         pytest.param("FineTuneCLIP", {"lr": 1e-3}, marks=pytest.mark.slow),
-        ("CLIPLoRA", {}),
+        pytest.param("CLIPLoRA", {}, marks=pytest.mark.slow),
     ],
 )
 def test_exported_folder_gives_the_same_logits(tmp_path: Path, algorithm: str, hparams: dict) -> None:

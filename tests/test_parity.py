@@ -94,6 +94,7 @@ def test_the_order_of_records_and_folders_never_changes_a_table(tmp_path, runs, 
     assert text_of(tmp_path / "a", runs, deep) == before
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(sweeps().filter(len), st.sampled_from(["Mine", "Aaa", "ZeroShotCLIP"]))
 def test_an_unrelated_algorithm_never_changes_anothers_row(runs, name):
