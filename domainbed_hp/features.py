@@ -1,7 +1,7 @@
 """Image features of a frozen tower: computed once, kept on disk, read by every job that asks for the same.
 
 In `<cache>/features/<key>/` lie `env0.npy`, `env1.npy`, ..., float32 (N, E) in the order of the data set, and
-`about.json`: what the key is a digest of, and the digest of each file. Nothing is believed that does not fit these.
+`about.json`: what the key is a digest of, and the digest of each file, without which no file is believed.
 """
 
 from __future__ import annotations

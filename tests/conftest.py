@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +20,42 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of each class of ShapesDG in three environments, as folder:mine."""
+    from PIL import Image
+
+    from domainbed_hp.datasets.shapes_dg import CLASS_NAMES, draw_environment
+
+    folder = tmp_path_factory.mktemp("drawn")
+    for env in "ACS":
+        for i, image in enumerate(draw_environment(env, 2)):
+            path = folder / "mine" / env / CLASS_NAMES[i // 2] / f"{i % 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.fixture
+def feature_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where features go in this test."""
+    monkeypatch.setenv("DOMAINBED_HP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images in each batch that a tower encoded."""
+    from domainbed_hp.networks.vit import VisionTower
+
+    sizes: list[int] = []
+    forward = VisionTower.forward
+
+    def counting(self: VisionTower, x: Any, *args: Any) -> Any:
+        sizes.append(len(x))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(VisionTower, "forward", counting)
+    return sizes

@@ -167,6 +167,15 @@ def test_only_what_is_declared_moves_and_all_of_it(each: Case) -> None:
     assert bool(declared) == (each[0] != "ZeroShotCLIP")
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_method_says_under_what_terms_it_stands(name: str) -> None:
+    algorithm = build((name, {}))
+    terms = algorithm.protocol(algorithm.hparams)
+    assert terms.keys() >= {"weights", "template", "transductive", "source_free"}
+    assert terms["weights"] == "mini, shapes" and terms["transductive"] is False
+    assert terms["source_free"] == (name == "ZeroShotCLIP")
+
+
 def test_dpl_as_released_depends_on_the_batch_and_says_so() -> None:
     algorithm = trained(("FrozenCLIP", {"prompt": "dpl", "dpl_transductive": True})).eval()
     assert algorithm.protocol(algorithm.hparams)["transductive"]

@@ -93,3 +93,9 @@ def test_clip_takes_its_own_pixels_and_trains():
 def test_backbone_follows_the_data_set():
     backbones = {name: default_hparams("ERM", name)["backbone"] for name in ("Debug28", "ShapesDG", "Debug224", "PACS")}
     assert backbones == {"Debug28": "small", "ShapesDG": "small", "Debug224": "resnet50", "PACS": "resnet50"}
+
+
+def test_the_weights_it_says_it_starts_from():
+    hparams = default_hparams("ERM", "PACS")
+    found = [ERM.protocol(hparams | {"backbone": backbone})["weights"] for backbone in ("resnet18", "clip", "small")]
+    assert found == ["resnet18, imagenet", "ViT-B-16-quickgelu, openai", None]

@@ -64,8 +64,11 @@ class Algorithm(nn.Module):
 
     @classmethod
     def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
-        """Under what terms this method's numbers stand, for every record: plain values."""
-        return {}
+        """Under what terms this method's numbers stand, for every record: plain values, None for what it has not.
+
+        `weights` it starts from, `template` of a class, `transductive`: predictions need a whole batch, `source_free`.
+        """
+        return {"weights": None, "template": None, "transductive": False, "source_free": False}
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
         """One training step on one minibatch per training environment; returns what to log."""

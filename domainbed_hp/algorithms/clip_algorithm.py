@@ -88,7 +88,7 @@ class ClipAlgorithm(Algorithm):
     @classmethod
     def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
         source, text = find_clip(hparams["clip_model"], hparams["clip_pretrained"]), prompt_class(hparams["prompt"])
-        return {
+        return super().protocol(hparams) | {
             "weights": f"{hparams['clip_model']}, {hparams['clip_pretrained']}",
             "quick_gelu": bool(source.model_cfg.get("quick_gelu", False)),
             "prompt": hparams["prompt"],

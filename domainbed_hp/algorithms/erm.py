@@ -81,6 +81,13 @@ class ERM(Algorithm):
             return Pixels(tower.size, tower.resize, tower.interpolation, augmentation)
         return Pixels(image_size, "squash", "bilinear", augmentation)
 
+    @classmethod
+    def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        clip = hparams["clip_model"], hparams["clip_pretrained"]
+        starts = {"clip": ", ".join(clip), "small": None}
+        of_resnet = f"{hparams['backbone']}, {hparams['backbone_weights']}"
+        return super().protocol(hparams) | {"weights": starts.get(hparams["backbone"], of_resnet)}
+
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
         x, y = join(minibatches)
         loss = F.cross_entropy(self.predict(x), y)
