@@ -53,6 +53,26 @@ def test_names_are_no_formulas():
         figure.draw_without_rendering()
 
 
+def test_every_method_has_its_training_loss():
+    records = []
+    for name, loss in (("ERM", "loss"), ("LoRA", "ce"), ("FLYP", "contrastive")):
+        records += [record(0, 0.5, algorithm=name) | {"step": step, loss: 3.0 - step} for step in range(3)]
+    axis = figures.curves(collected(records).frame, "PACS", ["ERM", "LoRA", "FLYP"]).axes[0]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[3, 2, 1]] * 3
+
+
+def test_the_legend_of_many_rows_covers_no_axes():
+    names = [f"LoRA, variant {i} of a long name" for i in range(28)]
+    found = collected([record(env, 0.5, algorithm="LoRA", label=name) for name in names for env in range(4)])
+    drawn = figures.all_figures(found, tables.build(found, IIDAccuracy))
+    assert set(drawn) == {"PACS-accuracy", "PACS-curves", "PACS-selection"}
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+        (box,) = (legend.get_window_extent() for legend in figure.legends)
+        assert box.y0 >= 0
+        assert all(axis.get_tightbbox().y0 >= box.y1 and axis.get_window_extent().height > 100 for axis in figure.axes)
+
+
 def test_curves_are_means_by_step():
     found = collected(sweep())
     axes = figures.curves(found.frame, "PACS", ["ERM", "LoRA"]).axes

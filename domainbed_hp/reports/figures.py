@@ -25,6 +25,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's, which stay apart for colour-blind readers."""
 MARKERS = "osD^vPX<>*"
 LINES = ("-", "--", "-.", ":")
+LINE = 0.22
+"""Inches of a line of a legend."""
+LOSSES = ("loss", "ce", "contrastive")
+"""What methods call the loss that they train by."""
 
 
 def styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -49,16 +53,17 @@ def canvas(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Figur
     return figure, axes
 
 
-def legend(figure: Figure, axis: Axes, rows: Sequence[str]) -> None:
+def legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
+    """Below the axes, in as many lines as the labels need: the figure grows by them."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=2 if max(map(len, rows)) > 25 else 3, frameon=False
-    )
+    columns = min(columns, 2) if max(map(len, labels), default=0) > 25 else columns
+    figure.set_figheight(figure.get_figheight() + LINE * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def accuracies(table: Table) -> Figure:
     """Accuracy of each row on each environment, with standard errors."""
-    figure, (axis,) = canvas(1, 3.0 + 0.2 * len(table.rows) / 3, 1.2 + 1.3 * len(table.columns))
+    figure, (axis,) = canvas(1, 2.8, 1.2 + 1.3 * len(table.columns))
     x = np.arange(len(table.columns))
     look = styles(table.rows)
     for i, (row, cells) in enumerate(zip(table.rows, table.cells, strict=True)):
@@ -72,21 +77,21 @@ def accuracies(table: Table) -> Figure:
         axis.axvline(edge, color="0.9", linewidth=0.8)
     axis.set_ylabel("target accuracy (%)")
     axis.set_title(plain(f"{table.title}, {table.method.name}"), fontsize="medium")
-    legend(figure, axis, table.rows)
+    legend(figure, axis)
     return figure
 
 
 def curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
-    """Training loss, validation accuracy (training environments) and target accuracy by step, means over runs.
+    """Training loss (each method's own), validation accuracy (training environments) and target accuracy by step.
 
-    The band is one standard deviation over runs.
+    Means over runs; the band is one standard deviation over runs.
     """
     scores = scored(frame[frame["dataset"] == dataset])
-    loss = next((name for name in ("loss", "ce") if name in scores and scores[name].notna().any()), None)
-    shown = {name: title for name, title in (
-        (loss, "training loss"), ("val_acc", "validation accuracy (%)"), ("test_acc", "target accuracy (%)"),
-    ) if name is not None}  # fmt: skip
-    figure, axes = canvas(len(shown), 3.4)
+    shown = {"val_acc": "validation accuracy (%)", "test_acc": "target accuracy (%)"}
+    if losses := [name for name in LOSSES if name in scores and scores[name].notna().any()]:
+        scores = scores.assign(training_loss=scores[losses].bfill(axis=1).iloc[:, 0])
+        shown = {"training_loss": "training loss"} | shown
+    figure, axes = canvas(len(shown), 3.0)
     look = styles(rows)
     for axis, (name, title) in zip(axes, shown.items(), strict=True):
         for row in rows:
@@ -102,7 +107,7 @@ def curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
         axis.set_xlabel("step")
         axis.set_title(title, fontsize="medium")
     figure.suptitle(plain(dataset), fontsize="medium")
-    legend(figure, axes[-1], rows)
+    legend(figure, axes[-1])
     return figure
 
 
@@ -112,7 +117,7 @@ def selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
     Spearman's rank correlation is taken within each (row, trial, test environment) and averaged over them.
     """
     scores = scored(frame[frame["dataset"] == dataset])
-    figure, (axis,) = canvas(1, 4.2, 4.8)
+    figure, (axis,) = canvas(1, 3.8, 4.8)
     look = styles(rows)
     for row in rows:
         here = scores[scores["row"] == row]
@@ -129,7 +134,7 @@ def selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
     axis.set_xlabel("validation accuracy (%)")
     axis.set_ylabel("target accuracy (%)")
     axis.set_title(plain(dataset), fontsize="medium")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    legend(figure, axis, columns=1)
     return figure
 
 
