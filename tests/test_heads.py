@@ -57,11 +57,11 @@ def test_gates_on_vit_b_16() -> None:
 
 
 def test_tower_equals_open_clip(tower: VisionTower) -> None:
-    stock = open_clip.create_model(load_clip("mini", "shapes").source.name).eval()
-    x = images(4)
+    stock = open_clip.create_model(load_clip("mini", "shapes").source.name).eval().double()
+    own, x = copy.deepcopy(tower).double(), images(4).double()
     with torch.no_grad():
-        expected = stock.encode_image(tower.normalise(x))
-        torch.testing.assert_close(tower(x), expected, atol=1e-6, rtol=1e-5)
+        expected = stock.encode_image(own.normalise(x))
+        torch.testing.assert_close(own(x), expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -100,7 +100,7 @@ def test_head_lora_is_a_product_per_head() -> None:
     nn.init.normal_(lora.lora_B)
     x = torch.randn(2, 5, 12)
     expected = torch.cat([x @ lora.lora_A[i] @ lora.lora_B[i] for i in range(3)], dim=-1)
-    torch.testing.assert_close(lora(x), expected)
+    torch.testing.assert_close(lora(x, torch.zeros_like(x)), expected)
     torch.testing.assert_close(x @ lora.delta(), expected)
 
 
@@ -109,7 +109,7 @@ def test_shared_lora_is_one_low_rank_product() -> None:
     lora = HeadLoRA(12, 3, 2, shared=True)
     nn.init.normal_(lora.lora_B)
     x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(lora(x), x @ lora.delta())
+    torch.testing.assert_close(lora(x, torch.ones_like(x)), 1 + x @ lora.delta())
     assert torch.linalg.matrix_rank(lora.delta()) == 2
     assert len(lora.lora_A) == 1
 
@@ -120,7 +120,8 @@ def test_output_lora_reads_each_head_alone() -> None:
         lora = OutputHeadLoRA(12, 3, 2, shared)
         nn.init.normal_(lora.lora_B)
         heads = torch.randn(2, 5, 3, 4)
-        torch.testing.assert_close(lora(heads), heads.flatten(-2) @ lora.delta())
+        x = heads.flatten(-2)
+        torch.testing.assert_close(lora(x, x), x + x @ lora.delta())
         assert torch.linalg.matrix_rank(lora.delta()) == (2 if shared else 6)
 
 

@@ -1,9 +1,10 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from domainbed_hp.networks.mmd import KERNELS, bandwidth, gram, mmd, pair_mmd, squared_distances
+from domainbed_hp.networks.mmd import KERNELS, bandwidths, gram, mmd, squared_distances
 
 
 def plain_mmd(x: list[list[float]], y: list[list[float]], kernel: str) -> float:
@@ -29,44 +30,48 @@ def plain_mmd(x: list[list[float]], y: list[list[float]], kernel: str) -> float:
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
+def between(domains: list[torch.Tensor], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return mmd(torch.cat(domains, dim=-2), [d.shape[-2] for d in domains], *args, **kwargs)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_equals_the_definition(kernel: str) -> None:
     torch.manual_seed(0)
     x, y, z = torch.randn(4, 3).double(), torch.randn(6, 3).double() + 1, torch.randn(5, 3).double()
     expected = [plain_mmd(a.tolist(), b.tolist(), kernel) for a, b in ((x, y), (x, z), (y, z))]
-    assert pair_mmd(x, y, kernel)[0].item() == pytest.approx(expected[0], abs=1e-12)
-    assert mmd([x, y, z], kernel)[0].item() == pytest.approx(sum(expected) / 3, abs=1e-12)
+    assert between([x, y], kernel)[0].item() == pytest.approx(expected[0], abs=1e-12)
+    assert between([x, y, z], kernel)[0].item() == pytest.approx(sum(expected) / 3, abs=1e-12)
 
 
 def test_by_hand() -> None:
     # x = 0, y = 1 on a line: one distinct pair, s = 1; 2 k(0) - 2 k(1) = 2 (5 - sum of exp(-2^j))
     x, y = torch.zeros(1, 1), torch.ones(1, 1)
     expected = 2 * (5 - sum(math.exp(-(2.0**j)) for j in range(-2, 3)))
-    assert pair_mmd(x, y)[0].item() == pytest.approx(expected, rel=1e-6)
+    assert between([x, y])[0].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_layers_are_batched(kernel: str) -> None:
     torch.manual_seed(0)
     domains = [torch.randn(3, n, 5) for n in (4, 6, 5)]
-    expected = torch.stack([mmd([d[i] for d in domains], kernel)[0] for i in range(3)]).mean()
-    torch.testing.assert_close(mmd(domains, kernel)[0], expected)
+    expected = torch.stack([between([d[i] for d in domains], kernel)[0] for i in range(3)]).mean()
+    torch.testing.assert_close(between(domains, kernel)[0], expected)
 
 
 def test_same_sample_and_single_domain_are_exactly_zero() -> None:
     x = torch.randn(5, 4)
-    assert mmd([x])[0].item() == 0
-    assert pair_mmd(x, x)[0].item() == pytest.approx(0, abs=1e-6)
-    assert pair_mmd(torch.ones(3, 2), torch.ones(4, 2))[0].item() == 0  # all equal: no scale, no nan
+    assert between([x])[0].item() == 0
+    assert between([x, x])[0].item() == pytest.approx(0, abs=1e-6)
+    assert between([torch.ones(3, 2), torch.ones(4, 2)])[0].item() == pytest.approx(0, abs=1e-6)  # all equal: no scale, no nan
 
 
 def test_bandwidth_is_detached_and_can_be_held() -> None:
     x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
-    _, s = pair_mmd(x, y)
+    _, s = between([x, y])
     assert not s.requires_grad
-    held, _ = pair_mmd(3 * x, 3 * y, s=s)
-    free, _ = pair_mmd(3 * x, 3 * y)
-    torch.testing.assert_close(free, pair_mmd(x, y)[0])  # scale-free where the bandwidth follows
+    held, _ = between([3 * x, 3 * y], scales=s)
+    free, _ = between([3 * x, 3 * y])
+    torch.testing.assert_close(free, between([x, y])[0])  # scale-free where the bandwidth follows
     assert (held - free).abs() > 1e-3
 
 
@@ -76,4 +81,4 @@ def test_distances_far_from_the_origin() -> None:
     torch.testing.assert_close(
         far, torch.cdist((x + 100).double(), (x + 100).double()).square().float(), atol=1e-6, rtol=1e-2
     )
-    assert gram(far, bandwidth(far, "median"), "median").shape == (6, 6)
+    assert gram(far, bandwidths(far, (4, 2), "median"), "median").shape == (1, 6, 6)

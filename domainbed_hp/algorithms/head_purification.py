@@ -65,7 +65,7 @@ class HeadPurification(ClipAlgorithm):
             self.tower.shuffle_gates()
         routes = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}
         self.routed = routes[h["mmd_route"]]
-        self.diagnosis_scales: list[Tensor] | None = None
+        self.diagnosis_scales: Tensor | None = None
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self.steps_done: Tensor
         self.train_with(
@@ -91,15 +91,15 @@ class HeadPurification(ClipAlgorithm):
         return {"ce": ce, "mmd": self.discrepancy(features, trace, sizes(minibatches))[0]}
 
     def discrepancy(
-        self, features: Tensor, trace: list[Trace], sizes: list[int], scales: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, features: Tensor, trace: list[Trace], sizes: list[int], scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """MMD between the domains, whose `sizes` split the batch, and its bandwidths; `scales` holds these fixed.
 
         At `output` of the unit-norm image feature; at `layers` of every layer's class token, mean over layers.
         """
         features = self.layer_features(trace) if self.hparams["mmd_level"] == "layers" else unit(features)
         with torch.autocast(features.device.type, enabled=False):
-            return mmd(features.split(sizes, dim=-2), self.hparams["mmd_kernel"], scales)
+            return mmd(features, sizes, self.hparams["mmd_kernel"], scales)
 
     def layer_features(self, trace: list[Trace]) -> Tensor:
         """Each layer's class token after the attention output is added, layer-normalised, (layers, B, D).
@@ -114,7 +114,7 @@ class HeadPurification(ClipAlgorithm):
                 continue
             before = layer.before.detach()
             # The adapters sit between that input and the gates: for the gates alone, cut the heads' outputs off too.
-            heads = layer.heads.detach() if self.hparams["mmd_route"] == "gates" else block.heads(before)
+            heads = layer.heads.detach() if self.hparams["mmd_route"] == "gates" else block.heads(before, 1)
             tokens.append(block.attend(before[:, :1], heads[:, :1])[:, 0])
         z = torch.stack(tokens)
         z = z.to(torch.promote_types(z.dtype, torch.float32))

@@ -51,6 +51,7 @@ class MIRO(ClipAlgorithm):
         h = self.hparams
         if h["miro_released_pixels"]:
             self.tower.normalise = Normalise()
+        self.tower.every_token = True
         prompts, self.tower.prompts = self.tower.prompts, tuple  # a text side's stay its own
         self.pretrained = copy.deepcopy(self.tower)  # stays frozen
         self.tower.prompts = prompts

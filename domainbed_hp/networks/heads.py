@@ -27,38 +27,63 @@ def check_targets(hparam: str, targets: str, least: int = 0) -> None:
         raise UsageError(f"{hparam}: got {targets!r}, expected {some} of the letters q, k, v, o, each at most once")
 
 
-class HeadLoRA(nn.Module):
+class LowRank(nn.Module):
+    """A low-rank change dW = `scale` A B of one projection; `dropout` drops its input."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (D, R) and B (R, D)."""
+        raise NotImplementedError(f"{type(self).__name__}.factors")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + x dW, (B, N, D) each, on activations: R columns, then one product that adds to y.
+
+        The other way, x (W + dW), costs no columns but a gradient of all of W: a sixth of a layer's work and more.
+        """
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        a, b = self.factors()
+        return torch.addmm(y.flatten(0, 1), x.flatten(0, 1) @ a, b, alpha=self.scale).view(y.shape)
+
+    def delta(self) -> Tensor:
+        """dW, (D, D)."""
+        a, b = self.factors()
+        return self.scale * (a @ b)
+
+
+def uniform(width: int, *shape: int) -> Tensor:
+    """Kaiming-uniform (a = sqrt 5) with fan-in `width`."""
+    return torch.empty(*shape).uniform_(-(width**-0.5), width**-0.5)
+
+
+class HeadLoRA(LowRank):
     """Low-rank change of W_q, W_k or W_v, head by head: head i's columns get dW_i = A_i B_i.
 
-    `shared` is conventional LoRA: one A for all heads, so what one head learns moves the others.
-    `scale` multiplies dW, `dropout` drops the input of A. Parameters: H r (D + Dh); shared 2 D r.
+    It is a LoRA of rank R = H r whose B is block diagonal, and is computed as one: twelve small products are slower.
+    `shared` is conventional LoRA: one A for all heads, so what one head learns moves the others; R = r.
+    Parameters: H r (D + Dh); shared 2 D r.
     """
 
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.num_heads, self.scale, self.dropout = num_heads, scale, dropout
-        self.lora_A = nn.Parameter(torch.empty(1 if shared else num_heads, width, rank))
-        self.lora_B = nn.Parameter(torch.zeros(num_heads, rank, width // num_heads))
-        nn.init.uniform_(self.lora_A, -(width**-0.5), width**-0.5)  # Kaiming-uniform (a = sqrt 5), fan-in D per head
+        lora_A = uniform(width, 1 if shared else num_heads, width, rank)
+        super().__init__(lora_A, torch.zeros(num_heads, rank, width // num_heads), scale, dropout)
+        self.register_buffer("own", torch.eye(num_heads)[:, None, :, None], persistent=False)
+        self.own: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x dW, (B, N, D) -> (B, N, D), on activations: one product with all A, then one small product a head."""
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        z = (x @ self.lora_A.transpose(0, 1).flatten(1)).unflatten(-1, (len(self.lora_A), -1))  # (B, N, H or 1, r)
-        lora_B = self.scale * self.lora_B
+    def factors(self) -> tuple[Tensor, Tensor]:
+        a = self.lora_A.transpose(0, 1).flatten(1)
         if len(self.lora_A) == 1:
-            return torch.matmul(z.squeeze(-2), lora_B.transpose(0, 1).flatten(1))
-        return torch.einsum("bnhr,hrd->bnhd", z, lora_B).flatten(-2)
-
-    def delta(self) -> Tensor:
-        """dW, (D, D)."""
-        return self.scale * (self.lora_A @ self.lora_B).transpose(0, 1).flatten(1)
+            return a, self.lora_B.transpose(0, 1).flatten(1)
+        return a, (self.lora_B[:, :, None] * self.own).flatten(2).flatten(0, 1)  # (H, r, H, Dh)
 
 
-class OutputHeadLoRA(nn.Module):
+class OutputHeadLoRA(LowRank):
     """Low-rank change of W_o, head by head. The blocks lie on the input side: head i feeds Dh rows of W_o.
 
     `shared`: one B for all heads, which is conventional LoRA. Parameters as `HeadLoRA`.
@@ -67,24 +92,16 @@ class OutputHeadLoRA(nn.Module):
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.scale, self.dropout = scale, dropout
-        self.lora_A = nn.Parameter(torch.empty(num_heads, width // num_heads, rank))
-        self.lora_B = nn.Parameter(torch.zeros(1 if shared else num_heads, rank, width))
-        nn.init.uniform_(self.lora_A, -(width**-0.5), width**-0.5)
+        lora_A = uniform(width, num_heads, width // num_heads, rank)
+        super().__init__(lora_A, torch.zeros(1 if shared else num_heads, rank, width), scale, dropout)
+        self.register_buffer("own", torch.eye(num_heads)[:, None, :, None], persistent=False)
+        self.own: Tensor
 
-    def forward(self, heads: Tensor) -> Tensor:
-        """heads dW, (B, N, H, Dh) -> (B, N, D)."""
-        if self.dropout:
-            heads = F.dropout(heads, self.dropout, self.training)
-        z = self.scale * torch.einsum("bnhd,hdr->bnhr", heads, self.lora_A)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        b = self.lora_B.flatten(0, 1)
         if len(self.lora_B) == 1:
-            return z.sum(-2) @ self.lora_B[0]
-        return z.flatten(-2) @ self.lora_B.flatten(0, 1)
-
-    def delta(self) -> Tensor:
-        """dW, (D, D)."""
-        return self.scale * (self.lora_A @ self.lora_B).flatten(0, 1)
+            return self.lora_A.flatten(0, 1), b
+        return (self.lora_A[:, :, None] * self.own).flatten(2).flatten(0, 1), b  # (H, Dh, H, r)
 
 
 class HeadGate(nn.Module):
@@ -118,6 +135,42 @@ class HeadGate(nn.Module):
         return gates if self.training else gates[self.shuffle]
 
 
+class GatedProjection(torch.autograd.Function):
+    """y = (gates * heads) W_o^T + b, with the gates multiplied into W_o, as `merge` does: D D numbers, not B N D.
+
+    heads (B, N, H, Dh), gates (H,), weight (D, D) as nn.Linear stores it -> (B, N, D). Autograd, left to itself, would
+    make the gradient of all of W_o for that of H gates.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, gates: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(heads, gates, weight)
+        gated = gated_weight(weight, gates).to(heads.dtype)
+        return F.linear(heads.flatten(-2), gated, bias.to(heads.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, gates, weight = ctx.saved_tensors
+        for_heads, for_gates, for_weight, for_bias = ctx.needs_input_grad
+        d_heads, d_gates, d_weight, d_bias = None, None, None, None
+        if for_heads or for_gates:
+            d_heads = (grad @ weight.to(grad.dtype)).view(heads.shape)
+        if for_gates:
+            d_gates = (d_heads * heads).sum((0, 1, 3), dtype=gates.dtype)
+        if for_heads:
+            d_heads *= gates[:, None].to(grad.dtype)
+        if for_weight:
+            d_weight = grad.flatten(0, 1).T @ (heads * gates[:, None]).flatten(2).flatten(0, 1)
+        if for_bias:
+            d_bias = grad.sum((0, 1))
+        return d_heads, d_gates, d_weight, d_bias
+
+
+def gated_weight(weight: Tensor, gates: Tensor) -> Tensor:
+    """W_o (D, D) as nn.Linear stores it, with the columns that read head i times gate i."""
+    return (weight.unflatten(1, (len(gates), -1)) * gates[:, None]).flatten(1)
+
+
 class HeadAttention(nn.Module):
     """Multi-head self-attention that takes over the weights of a pretrained one, under their own names.
 
@@ -146,38 +199,58 @@ class HeadAttention(nn.Module):
         """Gate the heads."""
         self.gate = None if kind == "none" else HeadGate(self.num_heads, kind, keep)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """The heads' outputs before gating, (B, N, D) -> (B, N, H, Dh)."""
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        q, k, v = (
-            (y + self.adapters[name](x) if name in self.adapters else y).unflatten(-1, (self.num_heads, -1))
-            for name, y in (("q", q), ("k", k), ("v", v))
-        )  # (B, N, H, Dh)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, Dh)
+    def heads(self, x: Tensor, first: int | None = None) -> Tensor:
+        """The heads' outputs before gating, (B, N, D) -> (B, N, H, Dh); `first`: those of the first tokens alone."""
+        if first is None:
+            q, k, v = self.projected("qkv", x)
+        else:
+            (q,), (k, v) = self.projected("q", x[:, :first]), self.projected("kv", x)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, N, Dh)
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
+
+    def projected(self, names: str, x: Tensor) -> list[Tensor]:
+        """The projections `names` of x, neighbours among q, k, v, in one product; (B, N, D) each."""
+        merge = not (self.training or torch.is_grad_enabled())  # where nothing trains, adapters are part of the weights
+        start = self.width * "qkv".index(names)
+        rows = slice(start, start + self.width * len(names))
+        weight = self.merged_in_proj() if merge else self.in_proj_weight
+        parts = F.linear(x, weight[rows], self.in_proj_bias[rows]).chunk(len(names), dim=-1)
+        adapters = {} if merge else self.adapters
+        return [adapters[n](x, y) if n in adapters else y for n, y in zip(names, parts, strict=True)]
 
     def project(self, heads: Tensor) -> Tensor:
         """Gate the heads, then the output projection, (B, N, H, Dh) -> (B, N, D). Its bias is not gated."""
-        if self.gate is not None:
-            heads = heads * self.gate()[:, None].to(heads.dtype)
-        y: Tensor = self.out_proj(heads.flatten(-2))
-        return y + self.adapters["o"](heads) if "o" in self.adapters else y
+        if self.gate is None:
+            y: Tensor = self.out_proj(heads.flatten(-2))
+        else:
+            gates = self.gate()
+            y = GatedProjection.apply(heads, gates, self.out_proj.weight, self.out_proj.bias)
+            heads = heads * gates[:, None].to(heads.dtype) if "o" in self.adapters else heads
+        return self.adapters["o"](heads.flatten(-2), y) if "o" in self.adapters else y
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.heads(x))
 
+    def merged_in_proj(self) -> Tensor:
+        """W_q, W_k and W_v with their adapters, (3 D, D) as nn.Linear stores them; the pretrained ones if there are none."""
+        if not set("qkv") & set(self.adapters):
+            return self.in_proj_weight
+        merged = self.in_proj_weight.clone()
+        for name, rows in zip("qkv", merged.chunk(3), strict=True):
+            if name in self.adapters:
+                rows += cast(LowRank, self.adapters[name]).delta().T
+        return merged
+
     @torch.no_grad()
     def merge(self) -> dict[str, Tensor]:
         """Plain weights that compute the same: dW goes into W, the gate of head i into the rows of W_o that read it."""
-        in_proj = self.in_proj_weight.clone()
         out_proj = self.out_proj.weight.clone()  # stored transposed: the rows of W_o are columns here
-        weights = dict(zip("qkvo", [*in_proj.chunk(3), out_proj], strict=True))
-        for target, adapter in self.adapters.items():
-            weights[target] += cast(HeadLoRA | OutputHeadLoRA, adapter).delta().T
+        if "o" in self.adapters:
+            out_proj += cast(LowRank, self.adapters["o"]).delta().T
         if self.gate is not None:
-            out_proj *= self.gate().to(out_proj.dtype).repeat_interleave(self.width // self.num_heads)
+            out_proj = gated_weight(out_proj, self.gate()).to(out_proj.dtype)
         return {
-            "in_proj_weight": in_proj,
+            "in_proj_weight": self.merged_in_proj().clone(),
             "in_proj_bias": self.in_proj_bias.clone(),
             "out_proj.weight": out_proj,
             "out_proj.bias": self.out_proj.bias.clone(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from typing import Literal, get_args
 
@@ -11,6 +12,11 @@ from torch import Tensor
 
 Kernel = Literal["multi_gaussian", "domainbed", "median"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
+RATES = {
+    "multi_gaussian": [2.0**-j for j in range(-2, 3)],
+    "median": [1.0],
+    "domainbed": [10.0**j for j in range(-3, 4)],
+}
 
 
 def squared_distances(z: Tensor) -> Tensor:
@@ -20,61 +26,58 @@ def squared_distances(z: Tensor) -> Tensor:
     return (norms[..., :, None] + norms[..., None, :] - 2 * z @ z.transpose(-1, -2)).clamp_min(0)
 
 
-def bandwidth(d2: Tensor, kernel: Kernel) -> Tensor:
-    """The scale s of the kernel from pooled squared distances (..., n, n) -> (...,), detached.
+@cache
+def contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each of the P pairs of domains (a, b), 1 / n_a for a's features, -1 / n_b for b's and 0 else, (P, n)."""
+    a, b = torch.tensor(list(combinations(range(len(sizes)), 2))).T
+    means = torch.block_diag(*(torch.full((1, n), 1 / n, dtype=dtype) for n in sizes))
+    return (means[a] - means[b]).to(device)
 
-    multi_gaussian: mean over the distinct pairs. median: median over the distinct pairs. domainbed: 1.
+
+@cache
+def distinct_pairs(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each pair of domains, 1 for the distinct pairs of their pooled features and 0 else, (P, n, n)."""
+    pooled = contrasts(sizes, dtype, device) != 0
+    return (pooled[:, :, None] & pooled[:, None, :]).triu(1).to(dtype)
+
+
+def bandwidths(d2: Tensor, sizes: tuple[int, ...], kernel: Kernel) -> Tensor:
+    """The scale s of the kernel for each pair of domains, from squared distances (..., n, n) -> (..., P), detached.
+
+    multi_gaussian: mean over the distinct pairs of the two. median: median over them. domainbed: 1.
     """
-    n = d2.shape[-1]
-    d2 = d2.detach()
+    pairs, d2 = distinct_pairs(sizes, d2.dtype, d2.device), d2.detach()
     if kernel == "domainbed":
-        return torch.ones_like(d2[..., 0, 0])
-    i, j = torch.triu_indices(n, n, offset=1, device=d2.device)
-    pairs = d2[..., i, j]
-    s = pairs.mean(-1) if kernel == "multi_gaussian" else pairs.median(-1).values
+        return d2.new_ones(*d2.shape[:-2], len(pairs))
+    if kernel == "median":
+        s = torch.where(pairs > 0, d2[..., None, :, :], torch.nan).flatten(-2).nanmedian(-1).values
+    else:
+        s = (d2.flatten(-2) @ pairs.flatten(1).T) / pairs.sum((1, 2))
     return s.clamp_min(torch.finfo(s.dtype).tiny)  # all features equal: any scale will do
 
 
 def gram(d2: Tensor, s: Tensor, kernel: Kernel) -> Tensor:
-    """The kernel matrix of squared distances (..., n, n) at scale s (...,).
+    """The kernel matrices of squared distances (..., n, n) at P scales s (..., P), (..., P, n, n).
 
     multi_gaussian: sum over j = -2..2 of exp(-d2 / (2^j s)). median: exp(-d2 / s).
     domainbed: sum over seven fixed gammas of exp(-gamma d2), as DomainBed's AbstractMMD.
     """
-    rates = {
-        "multi_gaussian": [2.0**-j for j in range(-2, 3)],
-        "median": [1.0],
-        "domainbed": [10.0**j for j in range(-3, 4)],
-    }[kernel]
-    u = d2 / s[..., None, None]
-    return torch.stack([torch.exp(-rate * u) for rate in rates]).sum(0)
-
-
-def pair_mmd(x: Tensor, y: Tensor, kernel: Kernel = "multi_gaussian", s: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Squared MMD of x (..., n, D) and y (..., m, D), and the bandwidth it used, both (...,).
-
-    mean k(x, x') + mean k(y, y') - 2 mean k(x, y), diagonals included: biased, at least 0.
-    `s` holds the bandwidth fixed; otherwise it comes from the pooled x and y.
-    """
-    d2 = squared_distances(torch.cat([x, y], dim=-2))
-    s = bandwidth(d2, kernel) if s is None else s
-    k = gram(d2, s, kernel)
-    n = x.shape[-2]
-    xx, yy, xy = k[..., :n, :n], k[..., n:, n:], k[..., :n, n:]
-    return xx.mean((-2, -1)) + yy.mean((-2, -1)) - 2 * xy.mean((-2, -1)), s
+    u = d2[..., None, :, :] / s[..., None, None]
+    return torch.stack([-rate * u for rate in RATES[kernel]]).exp().sum(0)
 
 
 def mmd(
-    domains: Sequence[Tensor], kernel: Kernel = "multi_gaussian", scales: Sequence[Tensor] | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Squared MMD over pairs of domains, each (..., n_e, D); leading axes (layers) are computed in one product.
+    z: Tensor, sizes: Sequence[int], kernel: Kernel = "multi_gaussian", scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared MMD between each two of the domains whose `sizes` split the features z (..., n, D); mean over all.
 
-    Returns its mean over pairs and leading axes, and the bandwidths, one (...,) a pair, to pass back as `scales`.
-    With one domain it is exactly 0.
+    mean k(x, x') + mean k(y, y') - 2 mean k(x, y), diagonals included: biased, at least 0. Leading axes (layers) and
+    pairs are computed in one product, c^T k c with the pair's contrast c.
+    Returns it and the bandwidths (..., P), to pass back as `scales`. With one domain it is exactly 0.
     """
-    pairs = list(combinations(domains, 2))
-    if not pairs:
-        return domains[0].new_zeros(()), []
-    fixed: Sequence[Tensor | None] = scales or [None] * len(pairs)
-    results = [pair_mmd(x, y, kernel, s) for (x, y), s in zip(pairs, fixed, strict=True)]
-    return torch.stack([value for value, _ in results]).mean(), [s for _, s in results]
+    if len(sizes) < 2:
+        return z.new_zeros(()), z.new_zeros(0)
+    d2, c = squared_distances(z), contrasts(tuple(sizes), z.dtype, z.device)
+    s = bandwidths(d2, tuple(sizes), kernel) if scales is None else scales
+    values = (gram(d2, s, kernel) * (c[:, :, None] * c[:, None, :])).sum((-2, -1))  # (..., P)
+    return values.mean(), s

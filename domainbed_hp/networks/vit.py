@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU as StockQuickGELU
 from torch import Tensor, nn
 
 from domainbed_hp.networks.heads import GateKind, HeadAttention
@@ -18,12 +20,36 @@ LAST_LAYERS = 2
 
 class Trace(NamedTuple):
     """What one layer computed: the residual stream before attention (B, N, D), the heads' outputs (B, N, H, Dh)
-    before gating, and the residual stream after attention and after the MLP (B, N, D)."""
+    before gating, and the residual stream after attention and after the MLP (B, N, D). In the last layer of an image
+    tower, N is 1 for all but `before`, unless `VisionTower.every_token`."""
 
     before: Tensor
     heads: Tensor
     after: Tensor
     output: Tensor
+
+
+class Silu(torch.autograd.Function):
+    """silu(a x) / a, whose gradient is silu'(a x): one pass over the widest activations, of which one is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: float) -> Tensor:
+        x = a * x
+        ctx.save_for_backward(x)
+        return F.silu(x).div_(a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, x), None
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), OpenAI's GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Silu.apply(x, 1.702)
+        return y
 
 
 class Block(nn.Module):
@@ -34,23 +60,24 @@ class Block(nn.Module):
         self.ln_1, self.ls_1 = pretrained.ln_1, pretrained.ls_1
         self.attn = HeadAttention(pretrained.attn, causal)
         self.ln_2, self.mlp, self.ls_2 = pretrained.ln_2, pretrained.mlp, pretrained.ls_2
+        if isinstance(self.mlp.gelu, StockQuickGELU):
+            self.mlp.gelu = QuickGELU()
 
-    def heads(self, x: Tensor) -> Tensor:
-        """The heads' outputs on the residual stream x, (B, N, D) -> (B, N, H, Dh)."""
-        return self.attn.heads(self.ln_1(x))
+    def heads(self, x: Tensor, first: int | None = None) -> Tensor:
+        """The heads' outputs on the residual stream x, (B, N, D) -> (B, N, H, Dh); see `HeadAttention.heads`."""
+        return self.attn.heads(self.ln_1(x), first)
 
     def attend(self, x: Tensor, heads: Tensor) -> Tensor:
         """The residual stream after attention, (B, N, D)."""
         y: Tensor = x + self.ls_1(self.attn.project(heads))
         return y
 
-    def forward(self, x: Tensor, trace: list[Trace] | None = None) -> Tensor:
-        heads = self.heads(x)
-        after = self.attend(x, heads)
+    def forward(self, x: Tensor, first: int | None = None) -> Trace:
+        """On the residual stream x (B, N, D); `first`: what becomes of the first tokens alone."""
+        heads = self.heads(x, first)
+        after = self.attend(x[:, :first], heads)
         y: Tensor = after + self.ls_2(self.mlp(self.ln_2(after)))
-        if trace is not None:
-            trace.append(Trace(x, heads, after, y))
-        return y
+        return Trace(x, heads, after, y)
 
 
 class VisionTower(nn.Module):
@@ -67,6 +94,8 @@ class VisionTower(nn.Module):
         self.prompts: Callable[[], Sequence[Tensor]] = tuple
         """Tokens (n, D) that stand behind the image's from the first layer on; the next ones replace them in the
         second, and so on. Whoever sets it owns them."""
+        self.every_token = False
+        """The last layer computes what becomes of every token, for who reads them in a trace; the feature needs one."""
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -89,7 +118,11 @@ class VisionTower(nn.Module):
         for i, block in enumerate(self.blocks):
             if 0 < i < len(prompts):
                 x = torch.cat([x[:, : -len(prompts[i])], prompts[i].expand(len(x), -1, -1).to(x.dtype)], dim=1)
-            x = block(x, trace)
+            first = None if self.every_token or i < len(self.blocks) - 1 else 1
+            layer = block(x, first)
+            if trace is not None:
+                trace.append(layer)
+            x = layer.output
         features: Tensor = self.ln_post(x[:, 0]) @ self.proj
         return features
 
