@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from domainbed_hp.networks.mmd import KERNELS, bandwidths, gram, mmd, squared_distances
+from domainbed_hp.networks.mmd import KERNELS, bandwidths, gram, mmd, pairs, squared_distances
 
 
 def plain_mmd(x: list[list[float]], y: list[list[float]], kernel: str) -> float:
@@ -81,4 +81,4 @@ def test_distances_far_from_the_origin() -> None:
     torch.testing.assert_close(
         far, torch.cdist((x + 100).double(), (x + 100).double()).square().float(), atol=1e-6, rtol=1e-2
     )
-    assert gram(far, bandwidths(far, (4, 2), "median"), "median").shape == (1, 6, 6)
+    assert gram(far, bandwidths(far, pairs((4, 2), far)[1], "median"), "median").shape == (1, 6, 6)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.networks.vit import Block
 from domainbed_hp.registry import ALGORITHMS, load
 
 Minibatch = tuple[Tensor, Tensor]
@@ -80,6 +81,14 @@ class Algorithm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.predict(x)
+
+    def compile_blocks(self) -> None:
+        """Compile what a step spends its time in: the blocks of CLIP's towers. Each shape is compiled anew."""
+        torch._dynamo.config.recompile_limit = 64  # layers differ in their ranks, and jobs may share a process
+        torch._functorch.config.donated_buffer = False  # an algorithm may go through a graph twice
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
 
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
         """Numbers worth a column in every record, from validation images of the training environments."""

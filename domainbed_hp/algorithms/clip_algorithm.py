@@ -99,7 +99,7 @@ class ClipAlgorithm(Algorithm):
 
     def train_with(self, *groups: dict[str, Any]) -> None:
         """AdamW over parameter groups, with the cosine."""
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.schedule = self.cosine(self.optimizer)
 
     def cosine(

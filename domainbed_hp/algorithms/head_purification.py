@@ -131,7 +131,7 @@ class HeadPurification(ClipAlgorithm):
         gradients: tuple[Tensor | None, ...] = ()
         if use_mmd and losses["mmd"].requires_grad:
             loss = self.hparams["mmd_weight"] * losses["mmd"]
-            gradients = torch.autograd.grad(loss, self.routed, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(loss, self.routed, retain_graph=not self.local, allow_unused=True)
         others = self.text.losses()
         torch.stack([losses["ce"], *others.values()]).sum().backward()
         for parameter, gradient in zip(self.routed, gradients, strict=False):
@@ -143,6 +143,11 @@ class HeadPurification(ClipAlgorithm):
         self.step()
         self.steps_done += 1
         return {name: loss.item() for name, loss in (losses | others).items()}
+
+    @property
+    def local(self) -> bool:
+        """Whether the MMD has a graph of its own, apart from cross-entropy's."""
+        return self.hparams["mmd_level"] == "layers" and self.hparams["mmd_reach"] == "local"
 
     def stage(self) -> tuple[list[nn.Parameter], bool]:
         """What this step leaves alone, and whether it uses the MMD.
@@ -156,6 +161,10 @@ class HeadPurification(ClipAlgorithm):
             return [], use_mmd
         first = step % 2 == 0 if strategy == "alternate" else 2 * step < self.hparams["steps"]
         return (self.gates, False) if first else (self.adapters, use_mmd)
+
+    def compile_blocks(self) -> None:
+        super().compile_blocks()
+        setattr(self, "discrepancy", torch.compile(self.discrepancy, dynamic=False))  # hundreds of small kernels
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:

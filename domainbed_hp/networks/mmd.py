@@ -27,32 +27,35 @@ def squared_distances(z: Tensor) -> Tensor:
 
 
 @cache
-def contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """For each of the P pairs of domains (a, b), 1 / n_a for a's features, -1 / n_b for b's and 0 else, (P, n)."""
+@torch.inference_mode(False)  # kept for training, whoever asks first
+def _pairs(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     a, b = torch.tensor(list(combinations(range(len(sizes)), 2))).T
     means = torch.block_diag(*(torch.full((1, n), 1 / n, dtype=dtype) for n in sizes))
-    return (means[a] - means[b]).to(device)
+    contrasts = means[a] - means[b]
+    pooled = contrasts != 0
+    distinct = (pooled[:, :, None] & pooled[:, None, :]).triu(1)
+    return contrasts.to(device), distinct.to(device, dtype)
 
 
-@cache
-def distinct_pairs(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """For each pair of domains, 1 for the distinct pairs of their pooled features and 0 else, (P, n, n)."""
-    pooled = contrasts(sizes, dtype, device) != 0
-    return (pooled[:, :, None] & pooled[:, None, :]).triu(1).to(dtype)
+@torch.compiler.assume_constant_result
+def pairs(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of the P pairs of domains (a, b), as z is typed and placed: contrasts (P, n), 1 / n_a for a's features,
+    -1 / n_b for b's and 0 else; and (P, n, n), 1 for the distinct pairs of their pooled features and 0 else."""
+    return _pairs(sizes, z.dtype, z.device)
 
 
-def bandwidths(d2: Tensor, sizes: tuple[int, ...], kernel: Kernel) -> Tensor:
+def bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
     """The scale s of the kernel for each pair of domains, from squared distances (..., n, n) -> (..., P), detached.
 
-    multi_gaussian: mean over the distinct pairs of the two. median: median over them. domainbed: 1.
+    `distinct` (P, n, n) says which distances count. multi_gaussian: mean over the distinct pairs of the two. median: median over them. domainbed: 1.
     """
-    pairs, d2 = distinct_pairs(sizes, d2.dtype, d2.device), d2.detach()
+    d2 = d2.detach()
     if kernel == "domainbed":
-        return d2.new_ones(*d2.shape[:-2], len(pairs))
+        return d2.new_ones(*d2.shape[:-2], len(distinct))
     if kernel == "median":
-        s = torch.where(pairs > 0, d2[..., None, :, :], torch.nan).flatten(-2).nanmedian(-1).values
+        s = torch.where(distinct > 0, d2[..., None, :, :], torch.nan).flatten(-2).nanmedian(-1).values
     else:
-        s = (d2.flatten(-2) @ pairs.flatten(1).T) / pairs.sum((1, 2))
+        s = (d2.flatten(-2) @ distinct.flatten(1).T) / distinct.sum((1, 2))
     return s.clamp_min(torch.finfo(s.dtype).tiny)  # all features equal: any scale will do
 
 
@@ -77,7 +80,8 @@ def mmd(
     """
     if len(sizes) < 2:
         return z.new_zeros(()), z.new_zeros(0)
-    d2, c = squared_distances(z), contrasts(tuple(sizes), z.dtype, z.device)
-    s = bandwidths(d2, tuple(sizes), kernel) if scales is None else scales
+    d2 = squared_distances(z)
+    c, distinct = pairs(tuple(sizes), z.detach())
+    s = bandwidths(d2, distinct, kernel) if scales is None else scales
     values = (gram(d2, s, kernel) * (c[:, :, None] * c[:, None, :])).sum((-2, -1))  # (..., P)
     return values.mean(), s

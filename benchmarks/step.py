@@ -1,0 +1,182 @@
+"""What a training step costs: head purification beside LoRA, full fine-tuning and, with --all, every algorithm.
+
+    python benchmarks/step.py                                    # ViT-B/16, random weights, fp32, one pinned core
+    python benchmarks/step.py --model mini --all
+    python benchmarks/step.py --device cuda --precision bf16 --batch 36 96 --compile off on
+
+A step is all of `update` on images that are there: no loading. Three environments share the `--batch` images of a step.
+Variants take turns round by round, and each round gives the ratios. `frozen forward` is one `predict` without
+gradients. TFLOP are those of matrix products and attention that the step really does, counted by torch; `of peak` is
+their rate over `--peak` TFLOP/s. Memory: the peak in a step with weights and optimizer, of tensors alone.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
+
+from domainbed_hp.algorithms import Algorithm, get_algorithm_class
+from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.networks.clip import clip_pixels
+from domainbed_hp.registry import ALGORITHMS
+from domainbed_hp.training import seed_everything
+
+FORWARD, BASE, FULL = "frozen forward", "LoRA", "FineTuneCLIP"
+VARIANTS: dict[str, dict[str, Any]] = {
+    FORWARD: {"algorithm": "ZeroShotCLIP"},
+    BASE: {},
+    "HeadPurification": {},
+    "HeadPurification, global": {"algorithm": "HeadPurification", "mmd_reach": "global"},
+    "HeadPurification, no MMD": {"algorithm": "HeadPurification", "mmd_weight": 0.0},
+    FULL: {},
+}
+CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+
+
+class Variant:
+    """An algorithm and what a step of it is."""
+
+    def __init__(self, name: str, args: argparse.Namespace, batch: int, compiled: bool) -> None:
+        options = {"clip_model": args.model, "clip_pretrained": "random"} | VARIANTS.get(name, {})
+        algorithm = options.pop("algorithm", name)
+        if algorithm == "ERM":
+            options = {"backbone": "clip"} | options
+        self.name, self.compiled, self.device = name, compiled, torch.device(args.device)
+        self.cast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        hparams = resolve(algorithm, "PACS", 0, 0, options) | {"class_names": list(CLASSES), "steps": 10**6}
+        seed_everything(0)
+        size = clip_pixels(args.model, "random").size
+        built = get_algorithm_class(algorithm)((3, size, size), len(CLASSES), 3, hparams)
+        self.algorithm: Algorithm = built.to(self.device)
+        if compiled:
+            self.algorithm.compile_blocks()
+        g = torch.Generator().manual_seed(0)
+        x = torch.rand(batch, 3, size, size, generator=g).to(self.device)
+        y = torch.randint(len(CLASSES), (batch,), generator=g).to(self.device)
+        self.minibatches: list[Minibatch] = list(zip(x.chunk(3), y.chunk(3), strict=True))
+        self.x = x
+
+    def step(self) -> None:
+        if self.name == FORWARD:
+            with torch.inference_mode(), self.cast:
+                self.algorithm.eval().predict(self.x)
+        else:
+            with self.cast:
+                self.algorithm.update(self.minibatches)
+
+    def seconds(self, steps: int) -> float:
+        """Of one step, mean over some."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        synchronize(self.device)
+        return (time.perf_counter() - start) / steps
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def flop(variant: Variant) -> float:
+    """Floating-point operations of a step that is not compiled."""
+    with FlopCounterMode(display=False) as counter:
+        variant.step()
+    return float(counter.get_total_flops())
+
+
+def peak_memory(make: Callable[[], Variant]) -> tuple[Variant, float]:
+    """A variant, and the bytes that its third step takes at most, with all that it holds before."""
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    variant = make()
+    for _ in range(2):
+        variant.step()
+    if variant.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        variant.step()
+        return variant, torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        variant.step()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return variant, held(variant.algorithm) + float(max(0, *changes))
+
+
+def held(algorithm: Algorithm) -> int:
+    """Bytes of an algorithm's parameters, buffers, gradients and optimizers."""
+    tensors: list[Any] = [*algorithm.parameters(), *algorithm.buffers()]
+    tensors += [p.grad for p in algorithm.parameters()]
+    for value in vars(algorithm).values():
+        if isinstance(value, torch.optim.Optimizer):
+            tensors += [each for state in value.state.values() for each in state.values()]
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def spread(ratios: Iterable[float]) -> str:
+    low, median, high = np.quantile(list(ratios), (0.05, 0.5, 0.95))
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+
+def compare(args: argparse.Namespace, batch: int) -> str:
+    names = args.variants or ([FORWARD, *ALGORITHMS] if args.all else list(VARIANTS))
+    variants, memory, work = [], [], []
+    for name in names:
+        for compiled in [choice == "on" for choice in args.compile]:
+            variant, peak = peak_memory(lambda n=name, c=compiled: Variant(n, args, batch, c))
+            work.append(work[-1] if compiled and len(args.compile) > 1 else flop(variant))
+            variants.append(variant)
+            memory.append(peak)
+    times = np.array([[variant.seconds(args.steps) for variant in variants] for _ in range(args.rounds + 1)])[1:].T
+
+    def column(name: str, like: Variant) -> np.ndarray | None:
+        found = [i for i, v in enumerate(variants) if v.name == name and v.compiled == like.compiled]
+        return times[found[0]] if found else None
+
+    rows = []
+    for variant, seconds, peak, flops in zip(variants, times, memory, work, strict=True):
+        median = float(np.median(seconds))
+        ratios = [spread(seconds / to) if (to := column(name, variant)) is not None else "" for name in (BASE, FULL)]
+        rate = flops / median / 1e12
+        share = f"{rate / args.peak:.0%}" if args.peak else ""
+        row = [variant.name, "yes" if variant.compiled else "", f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
+        rows.append([*row, *ratios, f"{flops / 1e12:.3g}", f"{rate:.3g}", share, f"{peak / 2**20:.0f}"])
+    headers = ["", "compiled", "ms/step", "images/s", "times LoRA", "times full", "TFLOP", "TFLOP/s", "of peak", "MiB"]
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-16-quickgelu", help="open_clip model name, or mini")
+    parser.add_argument("--batch", type=int, nargs="+", default=[12], help="images of a step, all environments")
+    parser.add_argument("--variants", nargs="+", help=f"default: {', '.join(VARIANTS)}")
+    parser.add_argument("--all", action="store_true", help="every registered algorithm instead")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=1, help="of each variant a round")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=("off", "on"))
+    parser.add_argument("--peak", type=float, help="of the device, dense, in TFLOP/s; H100 and H200 in bf16: 989")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    else:
+        print(torch.cuda.get_device_name(), f"torch {torch.__version__}")
+    for batch in args.batch:
+        print(f"{args.model}, {args.precision}, {batch} images a step, {args.rounds} rounds")
+        print(compare(args, batch), flush=True)
+
+
+if __name__ == "__main__":
+    main()
