@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.normalise import Normalise
@@ -70,6 +70,7 @@ class ClipAlgorithm(Algorithm):
         self.schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         self.text_optimizer = self.text.optimizer()
         self.text_schedule = self.cosine(self.text_optimizer)
+        self.steps_done = 0  # no buffer: to read one, a step would wait for the device
 
     @classmethod
     def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
@@ -139,14 +140,22 @@ class ClipAlgorithm(Algorithm):
         x, y = join(minibatches)
         return {"ce": F.cross_entropy(self.classify(self.encode(x), sizes(minibatches)), y)}
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
         """One step down the sum of `losses`, and of the text side's own."""
         losses = self.losses(minibatches) | self.text.losses()
         if self.optimizer is not None or self.text_optimizer is not None:
             self.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
             self.step()
-        return {name: loss.item() for name, loss in losses.items()}
+        self.steps_done += 1
+        return logged(losses, self.hparams)
+
+    def training_state(self) -> dict[str, Any]:
+        return super().training_state() | {"steps_done": self.steps_done}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        super().load_training_state(state)
+        self.steps_done = state["steps_done"]
 
     def merge(self) -> dict[str, Tensor]:
         """The weights of a plain CLIP that computes the same, under open_clip's names; `UsageError` if none does."""

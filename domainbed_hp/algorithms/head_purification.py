@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, join
+from domainbed_hp.algorithms.base import Metrics, Minibatch, join, logged
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, sizes
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
@@ -66,8 +66,6 @@ class HeadPurification(ClipAlgorithm):
         routes = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}
         self.routed = routes[h["mmd_route"]]
         self.diagnosis_scales: list[Tensor] | None = None
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
-        self.steps_done: Tensor
         self.train_with(
             {"params": self.adapters, "lr": h["lr"], "weight_decay": h["weight_decay"]},
             {"params": self.gates, "lr": h["lr"] * h["gate_lr_factor"], "weight_decay": 0.0},
@@ -120,7 +118,7 @@ class HeadPurification(ClipAlgorithm):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.layer_norm(z, z.shape[-1:])
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
         """One step: cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
         assert self.optimizer is not None
         frozen, use_mmd = self.stage()
@@ -142,7 +140,7 @@ class HeadPurification(ClipAlgorithm):
             parameter.grad = None
         self.step()
         self.steps_done += 1
-        return {name: loss.item() for name, loss in (losses | others).items()}
+        return logged(losses | others, self.hparams)
 
     def stage(self) -> tuple[list[nn.Parameter], bool]:
         """What this step leaves alone, and whether it uses the MMD.
@@ -150,7 +148,7 @@ class HeadPurification(ClipAlgorithm):
         joint: nothing. two_stage: in the first half cross-entropy trains the adapters, with the gates at their start;
         in the second, the adapters stay and both losses train the gates. alternate: these two by turns.
         """
-        step, strategy = int(self.steps_done), self.hparams["strategy"]
+        step, strategy = self.steps_done, self.hparams["strategy"]
         use_mmd = self.hparams["mmd_weight"] > 0 and bool(self.routed)
         if strategy == "joint":
             return [], use_mmd

@@ -29,6 +29,7 @@ class TextOnly(TextSide):
         self.seed: Tensor
         self.fitted: Tensor
         self.features: Tensor
+        self.seen_fitted: int | None = None
         self.helpers: list[nn.Module] = []
         """What only `fit` needs. In a list they are no children: neither trained nor saved."""
 
@@ -37,9 +38,11 @@ class TextOnly(TextSide):
         raise NotImplementedError(f"{type(self).__name__}.fit")
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        if not self.fitted:
-            self.fit_once(images.device)
-        self.helpers.clear()
+        if self.seen_fitted != self.fitted._version:  # asked once: a step that asks waits for the device
+            if not self.fitted:
+                self.fit_once(images.device)
+            self.seen_fitted = self.fitted._version
+            self.helpers.clear()
         return self.features
 
     def fit_once(self, device: torch.device) -> None:
