@@ -102,7 +102,7 @@ class Training:
         if features and run.pixels.augmentation == "none":
             self.run = run.on(features)
         environments = features or run.dataset.environments
-        self.scored = eval_loaders(environments, run.split, batch_size, workers, max_images=limit, pin=run.on_gpu)
+        self.scored = eval_loaders(environments, run.scored, batch_size, workers, max_images=limit, pin=run.on_gpu)
         some = min(PROBE, limit or PROBE)
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
         self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]

@@ -397,7 +397,17 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UsageError, match="already holds another run .seed: there 3, here 4."):
         go(tmp_path / "run", algorithm="LoRA", seed=4)
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    with pytest.raises(UsageError, match="eval: there 'full', here 'fast'"):  # its records would have other columns
+        go(tmp_path / "run", algorithm="LoRA", eval="fast")
     go(tmp_path / "run", algorithm="LoRA", num_workers=1)
+
+
+def test_fast_scores_all_but_the_images_that_are_trained_on(tmp_path: Path) -> None:
+    settings = {"steps": 2, "checkpoint_freq": 1, "test_envs": (1,), "hparams": MINI[:-1] + ', "average": "swad"}'}
+    full, fast = (go(tmp_path / kind, eval=kind, **settings) for kind in ("full", "fast"))
+    for more, less in zip(without_times(full), without_times(fast), strict=True):
+        assert more.keys() - less.keys() == {"env0_in_acc", "env2_in_acc"}
+        assert less | {"args": 0} == {key: more[key] for key in less} | {"args": 0}
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
