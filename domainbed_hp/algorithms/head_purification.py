@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Metrics, Minibatch, join, logged
+from domainbed_hp.algorithms.base import Minibatch, join
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, sizes
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
@@ -118,29 +118,27 @@ class HeadPurification(ClipAlgorithm):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.layer_norm(z, z.shape[-1:])
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
-        """One step: cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
-        assert self.optimizer is not None
-        frozen, use_mmd = self.stage()
+    def backward(self, minibatches: list[Minibatch], share: float) -> dict[str, Tensor]:
+        """Cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
+        _, use_mmd = self.stage()
         losses = self.losses(minibatches)
-        self.zero_grad()
 
         # The MMD's gradient goes to the routed parameters alone; one backward() of the sum could not do that.
         gradients: tuple[Tensor | None, ...] = ()
         if use_mmd and losses["mmd"].requires_grad:
-            loss = self.hparams["mmd_weight"] * losses["mmd"]
+            loss = share * self.hparams["mmd_weight"] * losses["mmd"]
             gradients = torch.autograd.grad(loss, self.routed, retain_graph=True, allow_unused=True)
-        others = self.text.losses()
-        torch.stack([losses["ce"], *others.values()]).sum().backward()
+        (share * losses["ce"]).backward()
         for parameter, gradient in zip(self.routed, gradients, strict=False):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return losses
 
+    def step(self) -> None:
+        frozen, _ = self.stage()
         for parameter in frozen:
             parameter.grad = None
-        self.step()
-        self.steps_done += 1
-        return logged(losses | others, self.hparams)
+        super().step()
 
     def stage(self) -> tuple[list[nn.Parameter], bool]:
         """What this step leaves alone, and whether it uses the MMD.
