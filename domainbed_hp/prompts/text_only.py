@@ -47,11 +47,11 @@ class TextOnly(TextSide):
 
     def fit_once(self, device: torch.device) -> None:
         """Fill `features`, whatever the caller does with gradients, precision and random numbers."""
-        for helper in self.helpers:
-            helper.to(device, self.features.dtype)
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             torch.default_generator.manual_seed(int(self.seed))  # the CPU's alone, which `fork_rng` gives back
             with torch.inference_mode(False), torch.enable_grad():
+                for helper in self.helpers:
+                    helper.to(device, self.features.dtype)
                 features = self.fit().detach()
         self.features.copy_(unit(features))
         self.fitted.fill_(True)
