@@ -183,7 +183,7 @@ def open_or_compute(
 def asked(run: Plan) -> int:
     """How many images a run encodes without features, the same one again and again."""
     limit = run.args.eval_images
-    scored = sum(len(indices[:limit]) for split in run.split for indices in split.values())
+    scored = sum(len(indices[:limit]) for split in run.scored for indices in split.values())
     records = -(-run.steps // run.checkpoint_freq)
     batch_size: int = run.hparams["batch_size"]
     return scored * records + run.steps * batch_size * len(run.train_envs)

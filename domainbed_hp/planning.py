@@ -60,6 +60,8 @@ class RunArgs:
     num_workers: int | None = None
     features: str = "cached"
     """Of a tower that never changes; `encode`: computed anew for each batch."""
+    eval: str = "full"
+    """`fast`: records score no `in` split of a training environment, which no selection rule reads."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class Plan:
         images = f"{size} px, {resize}, {interpolation}; training: {augmentation}"
         share = (1 - self.args.holdout_fraction) * (1 - self.args.uda_holdout_fraction)
         return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.protocol(self.hparams)
+
+    @property
+    def scored(self) -> list[dict[str, list[int]]]:
+        """The splits that records score."""
+        if self.args.eval == "full":
+            return self.split
+        return [
+            {name: indices for name, indices in split.items() if name != "in" or i in self.args.test_envs}
+            for i, split in enumerate(self.split)
+        ]
 
     @property
     def steps_per_epoch(self) -> float:

@@ -21,9 +21,9 @@ EVAL_BATCH = {"cuda": 1024, "cpu": 64}
 
 @contextlib.contextmanager
 def evaluation(algorithm: Algorithm) -> Iterator[None]:
-    """Evaluation mode, without gradients."""
+    """Evaluation mode, without gradients: what is made meanwhile can never be trained through."""
     algorithm.eval()
-    with torch.no_grad():
+    with torch.inference_mode():
         yield
     algorithm.train()
 

@@ -24,6 +24,7 @@ CHOICES = {
     "precision": ("fp32", "bf16"),
     "loader": ("batched", "reference"),
     "features": ("cached", "encode"),
+    "eval": ("full", "fast"),
     "save": ("trained", "full"),
     "keep": ("last", "best"),
 }
@@ -67,6 +68,7 @@ class SweepSpec:
     """Empty: every single environment and, unless `single_test_envs`, every pair."""
     steps: int | None = None
     checkpoint_freq: int | None = None
+    eval: str | None = None
     eval_images: int | None = None
     precision: str | None = None
     device: str | None = None
@@ -204,6 +206,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
     test_envs_of = {dataset: choose_test_envs(spec, dataset) for dataset in spec.datasets}
     optional = [
         "checkpoint_freq",
+        "eval",
         "eval_images",
         "precision",
         "device",

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from domainbed_hp import checkpoint, records
 from domainbed_hp.algorithms import Algorithm
+from domainbed_hp.algorithms.base import Metrics
 from domainbed_hp.averages import find_average, holding
 from domainbed_hp.checkpoint import Stop, Stopped, stop_signals
 from domainbed_hp.datasets.loader import EvalLoader, eval_loaders
@@ -71,12 +72,17 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
 
 
 class Training:
-    """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record."""
+    """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record.
+
+    What steps log is `unread`, on the device, until a record or a saved state asks for it: the host runs ahead.
+    """
 
     def __init__(self, run: Plan, held: Claim, workers: Workers, stop: Stop) -> None:
         self.run, self.held, self.workers, self.stop = run, held, workers, stop
         self.step = -1
         self.since: dict[str, list[float]] = defaultdict(list)
+        self.unread: list[Metrics] = []
+        self.lap = 0.0
         self.recorded: list[int] = []
         self.best = -math.inf
         self.started, self.seconds_before = time.time(), 0.0
@@ -87,14 +93,16 @@ class Training:
         self.average = find_average(trains, run.hparams, run.steps)
         self.climb = find_climb(self.algorithm, run.hparams)
         self.trainable = sum(p.numel() for p in trains)
-        self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
+        bf16 = run.args.precision == "bf16"
+        # A cached cast would outlive a climb, which moves the weight in place.
+        self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
         batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
         with evaluation(self.algorithm), self.cast, stop.at_once():
             features = cached_features(run, self.algorithm, batch_size, workers)
         if features and run.pixels.augmentation == "none":
             self.run = run.on(features)
         environments = features or run.dataset.environments
-        self.scored = eval_loaders(environments, run.split, batch_size, workers, max_images=limit, pin=run.on_gpu)
+        self.scored = eval_loaders(environments, run.scored, batch_size, workers, max_images=limit, pin=run.on_gpu)
         some = min(PROBE, limit or PROBE)
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
         self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]
@@ -114,18 +122,15 @@ class Training:
             self.workers.map(unlabeled.__getitem__, todo) if unlabeled else [None] * len(todo),
             strict=True,
         )
+        self.lap = time.perf_counter()
         for step, ours, extra in tqdm(batches, total=run.steps, initial=todo.start, disable=None, unit="step"):
             seed_everything(seed_hash(run.args.seed, "update", step))  # dropout is a function of the step, too
-            start = time.perf_counter()
             minibatches = [batch.to(run.device, run.pixels) for batch in ours]
             unlabeled_x = None if extra is None else [batch.to(run.device, run.pixels)[0] for batch in extra]
             with self.cast:
-                metrics = self.update(step, minibatches, unlabeled_x)
+                self.unread.append(self.update(step, minibatches, unlabeled_x))
             if self.average is not None:
                 self.average.step()
-            metrics["step_time"] = time.perf_counter() - start
-            for name, value in metrics.items():
-                self.since[name].append(value)
             self.step = step
             if self.due():
                 self.record()
@@ -136,7 +141,7 @@ class Training:
         (run.output_dir / DONE).write_text("done")
         (run.output_dir / checkpoint.FILE_NAME).unlink(missing_ok=True)
 
-    def update(self, step: int, minibatches: list[Any], unlabeled: list[Tensor] | None) -> dict[str, float]:
+    def update(self, step: int, minibatches: list[Any], unlabeled: list[Tensor] | None) -> Metrics:
         """One step of the algorithm, and what it logs; errors say what to try."""
         try:
             with self.climb(minibatches):
@@ -144,10 +149,23 @@ class Training:
         except torch.cuda.OutOfMemoryError as error:
             hint = "try a smaller batch_size, or --precision bf16"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {step}: try a smaller lr, or --precision fp32")
-        return {name: float(value) for name, value in metrics.items()}  # NumPy's are no plain values: no checkpoint
+        return {name: v.detach() if isinstance(v, Tensor) else v for name, v in metrics.items()}  # no graph stays
+
+    def read(self) -> None:
+        """Move what is `unread` to `since`, and wait for it; then the time since the last one is that of the steps."""
+        if not self.unread:
+            return
+        numbers = read_numbers(self.unread, self.run.device)
+        for step, metrics in enumerate(numbers, start=self.step + 1 - len(numbers)):
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    hint = "try a smaller lr, or --precision fp32"
+                    raise FloatingPointError(f"{name} is {value} at step {step}: {hint}")
+                self.since[name].append(value)
+        now = time.perf_counter()
+        self.since["step_time"] += [(now - self.lap) / len(numbers)] * len(numbers)
+        self.lap = now
+        self.unread.clear()
 
     def due(self) -> bool:
         """Whether the last step is to be recorded and is not."""
@@ -179,6 +197,7 @@ class Training:
 
     def record(self) -> None:
         """Score every split, append the record, save the state."""
+        self.read()
         self.validate()
         run, step = self.run, self.step
         record: dict[str, Any] = {"step": step, "epoch": step / run.steps_per_epoch}
@@ -197,6 +216,7 @@ class Training:
         self.keep_models(record)
         self.save_state()  # with `since`: a record that is lost later is written again
         self.since.clear()
+        self.lap = time.perf_counter()
 
     def keep_models(self, record: dict[str, Any]) -> None:
         args, score = self.run.args, validation(record, self.run.train_envs)
@@ -214,6 +234,7 @@ class Training:
     def save_state(self) -> None:
         if self.step < 0:
             return
+        self.read()
         progress: dict[str, Any] = {"step": self.step, "since": dict(self.since), "best": self.best}
         progress |= {"elapsed_s": self.elapsed_s(), "average": self.average and self.average.state()}
         self.held.check()
@@ -234,6 +255,13 @@ class Training:
     def elapsed_s(self) -> float:
         """Wall-clock seconds of the run, over all times that it was resumed."""
         return self.seconds_before + time.time() - self.started
+
+
+def read_numbers(logged: Sequence[Metrics], device: torch.device) -> list[dict[str, float]]:
+    """Plain floats, which a checkpoint can hold; all that lies on the device comes in one transfer."""
+    tensors = [value for metrics in logged for value in metrics.values() if isinstance(value, Tensor)]
+    found = iter(torch.stack([t.to(device, torch.float64) for t in tensors]).tolist() if tensors else ())
+    return [{k: next(found) if isinstance(v, Tensor) else float(v) for k, v in each.items()} for each in logged]
 
 
 def find_before(run: Plan) -> dict[str, Any] | None:

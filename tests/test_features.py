@@ -258,6 +258,13 @@ def test_a_short_look_at_many_images_encodes_the_few(
     assert not encoded, "what is there is used"
 
 
+def test_only_what_is_scored_is_asked_for(drawn: Path, tmp_path: Path) -> None:
+    full, fast = (plan(args(tmp_path, drawn, eval=kind)) for kind in ("full", "fast"))
+    skipped = sum(len(full.split[i]["in"]) for i in full.train_envs)
+    records = -(-full.steps // full.checkpoint_freq)
+    assert skipped and features.asked(full) - features.asked(fast) == skipped * records
+
+
 class Norms(FrozenCLIP):
     """Unfreezes what its parent says is frozen."""
 

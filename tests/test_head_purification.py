@@ -161,6 +161,18 @@ def test_strategies(strategy: str, expected: list[tuple[bool, bool]]) -> None:
     assert seen == expected
 
 
+@pytest.mark.parametrize(("name", "own"), [("HeadPurification", {"strategy": "alternate"}), ("LPFT", {"steps": 2})])
+def test_what_goes_on_knows_its_stage(name: str, own: dict[str, Any]) -> None:
+    before, after, whole = (make(name, **own) for _ in range(3))
+    before.update(batches())
+    after.load_training_state(before.training_state())
+    for algorithm in (after, whole):
+        for step in range(1 if algorithm is after else 0, 2):
+            algorithm.update(batches(seed=step))
+    state, expected = after.state_dict(), whole.state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
 def test_without_gates_or_adapters() -> None:
     for hparams in ({"gates": "none"}, {"lora_rank": 0, "lora_rank_last": 0}, {"lora_targets": ""}):
         algorithm = make("HeadPurification", **hparams)

@@ -164,6 +164,14 @@ def test_what_rests_is_not_climbed() -> None:
         algorithm.update(batches())
 
 
+def test_the_step_under_bf16_is_from_the_climbed_weights(tmp_path: Path) -> None:
+    """A cast that autocast keeps of a weight would still be that of the start."""
+    own = {"backbone": "small", "batch_size": 4, "sharpness": "sam", "sam_rho": 3.0}
+    settings = {"algorithm": "ERM", "hparams": json.dumps(own), "steps": 1, "eval_images": 1}
+    full, half = (go(tmp_path / p, precision=p, **settings)[0]["loss"] for p in ("fp32", "bf16"))
+    assert half == pytest.approx(full, rel=0.05)
+
+
 def test_a_method_that_does_not_train_has_nothing_to_climb() -> None:
     algorithm = make("ZeroShotCLIP")
     with sam(algorithm)(batches()):

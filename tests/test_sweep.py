@@ -150,7 +150,9 @@ def test_where_a_job_runs_is_not_its_identity(change: dict[str, Any]) -> None:
     assert [j.folder.name for j in jobs_of(**change)] == [j.folder.name for j in jobs_of(data_dir="/data")]
 
 
-@pytest.mark.parametrize("change", [{"steps": 7}, {"precision": "bf16"}, {"eval_images": 10}, {"holdout_fraction": 0}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 7}, {"precision": "bf16"}, {"eval": "fast"}, {"eval_images": 10}, {"holdout_fraction": 0}]
+)
 def test_what_a_job_computes_is_its_identity(change: dict[str, Any]) -> None:
     assert not {j.folder.name for j in jobs_of(**change)} & {j.folder.name for j in jobs_of()}
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from helpers import photo
 from safetensors.torch import load_file
 
-from domainbed_hp import checkpoint, hparams_registry, records, training
+from domainbed_hp import checkpoint, hparams_registry, planning, records, training
 from domainbed_hp.algorithms import get_algorithm_class
 from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.opened import find_spec, open_dataset
@@ -120,6 +121,63 @@ def test_nan_stops_the_run_and_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         go(tmp_path / "run", algorithm="LoRA")
     assert "ce is nan" in (tmp_path / "run" / "err.txt").read_text()
     assert not (tmp_path / "run" / "done").exists()
+
+
+def test_the_first_bad_step_is_named_although_metrics_are_read_at_records_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ce = iter([1.0, 2.0, math.inf, math.nan, 1.0])
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ok": 0.0, "ce": torch.tensor(next(ce))})
+    with pytest.raises(FloatingPointError, match="ce is inf at step 2: try a smaller lr, or --precision fp32"):
+        go(tmp_path / "run", algorithm="LoRA", steps=9, checkpoint_freq=4)
+    assert next(ce, None) is None and [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+
+
+def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors and numbers alike, of any kind, on average over the steps since the last record."""
+    read, reads = training.read_numbers, []
+    monkeypatch.setattr(training, "read_numbers", lambda *args: (reads.append(len(args[0])), read(*args))[1])
+    whole = go(tmp_path / "run", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
+    assert reads == [1, 3, 2]
+    update, seen = get_algorithm_class("LoRA").update, []
+
+    def numbers(*args: Any) -> dict[str, Any]:
+        seen.append(update(*args)["ce"].item())
+        return {"ce": seen[-1], "odd": torch.tensor(1.0, requires_grad=True), "half": torch.tensor(2.5).half()}
+
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", numbers)
+    again = go(tmp_path / "again", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
+    assert [r["ce"] for r in whole] == [r["ce"] for r in again] == [seen[0], np.mean(seen[1:4]), np.mean(seen[4:])]
+    assert (again[1]["odd"], again[1]["half"]) == (1.0, 2.5)
+
+
+def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def takes(name: str, where: Any, seconds: float) -> None:
+        before = getattr(where, name)
+        later = lambda *a: (clock.__setitem__(0, clock[0] + seconds), before(*a))[1]  # noqa: E731
+        monkeypatch.setattr(where, name, later)
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ce": 1.0})
+    for name, where, seconds in (
+        ("__getitem__", training.EvalLoader, 100.0),
+        ("minibatch", planning.TrainSteps, 1.0),
+        ("update", get_algorithm_class("LoRA"), 4.0),
+        ("read_numbers", training, 6.0),
+    ):
+        takes(name, where, seconds)
+    settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 3, "eval_images": 1}
+    found = [r["step_time"] for r in go(tmp_path / "run", **settings)]
+    assert found == [2 + 4 + 6, 2 + 4 + 6 / 3, 2 + 4 + 6 / 1]  # two environments; three steps, then one
+    stop_at(2, monkeypatch, terminate)
+    with pytest.raises(SystemExit):
+        go(tmp_path / "stopped", **settings)
+    found = [r["step_time"] for r in go(tmp_path / "stopped", **settings)]
+    assert found[1] == pytest.approx(2 + 4 + (6 + 6) / 3)  # read where it was stopped, too
 
 
 @pytest.mark.parametrize(
@@ -339,7 +397,17 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UsageError, match="already holds another run .seed: there 3, here 4."):
         go(tmp_path / "run", algorithm="LoRA", seed=4)
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    with pytest.raises(UsageError, match="eval: there 'full', here 'fast'"):  # its records would have other columns
+        go(tmp_path / "run", algorithm="LoRA", eval="fast")
     go(tmp_path / "run", algorithm="LoRA", num_workers=1)
+
+
+def test_fast_scores_all_but_the_images_that_are_trained_on(tmp_path: Path) -> None:
+    settings = {"steps": 2, "checkpoint_freq": 1, "test_envs": (1,), "hparams": MINI[:-1] + ', "average": "swad"}'}
+    full, fast = (go(tmp_path / kind, eval=kind, **settings) for kind in ("full", "fast"))
+    for more, less in zip(without_times(full), without_times(fast), strict=True):
+        assert more.keys() - less.keys() == {"env0_in_acc", "env2_in_acc"}
+        assert less | {"args": 0} == {key: more[key] for key in less} | {"args": 0}
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

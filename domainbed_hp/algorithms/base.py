@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from domainbed_hp.registry import ALGORITHMS, load
 
 Minibatch = tuple[Tensor, Tensor]
 """One environment's (x, y): x (B, 3, S, S) in [0, 1], not normalised; y (B,) int64."""
+
+Metrics = Mapping[str, float | Tensor]
+"""What a step logs. Detached tensors of one number stay on their device until a record reads them: no step waits."""
 
 
 class Pixels(NamedTuple):
@@ -71,7 +74,7 @@ class Algorithm(nn.Module):
         """
         return {"weights": None, "template": None, "transductive": False, "source_free": False}
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
         """One training step on one minibatch per training environment; returns what to log."""
         raise NotImplementedError(f"{type(self).__name__}.update")
 
@@ -128,3 +131,9 @@ def get_algorithm_class(name: str) -> type[Algorithm]:
 def join(minibatches: list[Minibatch]) -> Minibatch:
     """All environments' images and labels in one batch."""
     return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
+
+
+def logged(losses: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:
+    """What `update` returns of its losses; floats in a stock DomainBed checkout, whose loop averages with NumPy."""
+    stock = hparams["input_norm"] == "imagenet"
+    return {name: loss.item() if stock else loss.detach() for name, loss in losses.items()}

@@ -6,14 +6,14 @@ them. The text side is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.normalise import Normalise
@@ -28,6 +28,9 @@ CLIP_HPARAMS = {
     "augmentation": HParam("crop_flip", choices=("crop_flip", "domainbed", "none"), help="of training images"),
     "input_norm": HParam("none", choices=("none", "imagenet"), help="imagenet: x comes normalised, as in DomainBed"),
     "batch_size": HParam(12, choice(8, 12, 16, 24), "images per environment", at_least=1),
+    "accumulate": HParam(
+        1, help="parts of a batch, one after the other, for memory; an MMD is each part's", at_least=1
+    ),
 }
 ADAMW_HPARAMS = {
     "lr": HParam(5e-4, log_uniform(10, -4.5, -2.5), "AdamW, cosine to 0", at_least=0),
@@ -70,6 +73,7 @@ class ClipAlgorithm(Algorithm):
         self.schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         self.text_optimizer = self.text.optimizer()
         self.text_schedule = self.cosine(self.text_optimizer)
+        self.steps_done = 0  # no buffer: to read one, a step would wait for the device
 
     @classmethod
     def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
@@ -80,6 +84,9 @@ class ClipAlgorithm(Algorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         find_clip(hparams["clip_model"], hparams["clip_pretrained"])
+        if hparams["accumulate"] > hparams["batch_size"]:
+            at_most = f"expected at most batch_size, {hparams['batch_size']}"
+            raise UsageError(f"accumulate: got {hparams['accumulate']}, {at_most}: each part has images of all")
 
     @classmethod
     def frozen(cls, hparams: dict[str, Any]) -> bool:
@@ -139,14 +146,40 @@ class ClipAlgorithm(Algorithm):
         x, y = join(minibatches)
         return {"ce": F.cross_entropy(self.classify(self.encode(x), sizes(minibatches)), y)}
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
-        """One step down the sum of `losses`, and of the text side's own."""
-        losses = self.losses(minibatches) | self.text.losses()
-        if self.optimizer is not None or self.text_optimizer is not None:
-            self.zero_grad()
-            torch.stack(list(losses.values())).sum().backward()
-            self.step()
-        return {name: loss.item() for name, loss in losses.items()}
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
+        """One step down the sum of `losses`, mean over all images, and of the text side's own."""
+        losses = self.gradients(minibatches)
+        self.step()
+        self.steps_done += 1
+        return logged(losses, self.hparams)
+
+    def gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        """Leave on the parameters the gradients of a step; returns its losses, detached.
+
+        With `accumulate` those of several parts of the minibatches add up to those of the whole. A term that couples
+        images (an MMD, a contrastive loss, DPL's mean over a domain) is then the mean of the parts' own.
+        """
+        self.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for part, share in parts(minibatches, self.hparams["accumulate"]):
+            for name, loss in self.backward(part, share).items():
+                losses[name] = losses.get(name, 0.0) + share * loss.detach()
+        own = self.text.losses()
+        add_gradients(own)
+        return losses | {name: loss.detach() for name, loss in own.items()}
+
+    def backward(self, minibatches: list[Minibatch], share: float) -> dict[str, Tensor]:
+        """Add the gradients of `losses`, times the share that these images have in the step; returns the losses."""
+        losses = self.losses(minibatches)
+        add_gradients(losses, share)
+        return losses
+
+    def training_state(self) -> dict[str, Any]:
+        return super().training_state() | {"steps_done": self.steps_done}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        super().load_training_state(state)
+        self.steps_done = state["steps_done"]
 
     def merge(self) -> dict[str, Tensor]:
         """The weights of a plain CLIP that computes the same, under open_clip's names; `UsageError` if none does."""
@@ -155,6 +188,21 @@ class ClipAlgorithm(Algorithm):
                 f"{type(self).__name__} with prompt={self.hparams['prompt']} adds tokens; no plain CLIP does"
             )
         return self.tower.merge() | self.text.merge()
+
+
+def parts(minibatches: list[Minibatch], count: int) -> Iterator[tuple[list[Minibatch], float]]:
+    """All environments' minibatches in `count` parts, each with its share of the images."""
+    total = sum(sizes(minibatches))
+    split = [zip(x.tensor_split(count), y.tensor_split(count), strict=True) for x, y in minibatches]
+    for part in map(list, zip(*split, strict=True)):
+        yield part, sum(sizes(part)) / total
+
+
+def add_gradients(losses: dict[str, Tensor], share: float = 1.0) -> None:
+    """Those of the sum of `losses`, where anything trains by it."""
+    total = share * sum(losses.values())
+    if isinstance(total, Tensor) and total.requires_grad:
+        total.backward()
 
 
 def sizes(minibatches: list[Minibatch]) -> list[int]:

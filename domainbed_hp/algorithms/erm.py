@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed_hp.algorithms.base import Algorithm, Minibatch, Pixels, join
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged
 from domainbed_hp.hparams_registry import SMALL_IMAGES, HParam, choice, log_uniform
 from domainbed_hp.networks.featurizer import BACKBONES, classifier, featurizer
 from domainbed_hp.networks.normalise import Normalise
@@ -88,13 +88,13 @@ class ERM(Algorithm):
         of_resnet = f"{hparams['backbone']}, {hparams['backbone_weights']}"
         return super().protocol(hparams) | {"weights": starts.get(hparams["backbone"], of_resnet)}
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
+    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
         x, y = join(minibatches)
         loss = F.cross_entropy(self.predict(x), y)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.item()}
+        return logged({"loss": loss}, self.hparams)
 
     def predict(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.featurizer(x if self.normalise is None else self.normalise.undo(x)))

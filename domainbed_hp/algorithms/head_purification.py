@@ -66,8 +66,6 @@ class HeadPurification(ClipAlgorithm):
         routes = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}
         self.routed = routes[h["mmd_route"]]
         self.diagnosis_scales: Tensor | None = None
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
-        self.steps_done: Tensor
         self.train_with(
             {"params": self.adapters, "lr": h["lr"], "weight_decay": h["weight_decay"]},
             {"params": self.gates, "lr": h["lr"] * h["gate_lr_factor"], "weight_decay": 0.0},
@@ -120,29 +118,23 @@ class HeadPurification(ClipAlgorithm):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.layer_norm(z, z.shape[-1:])
 
-    def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> dict[str, float]:
-        """One step: cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
-        assert self.optimizer is not None
-        frozen, use_mmd = self.stage()
+    def backward(self, minibatches: list[Minibatch], share: float) -> dict[str, Tensor]:
+        """Cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
+        _, use_mmd = self.stage()
         losses = self.losses(minibatches)
-        self.zero_grad()
 
         # The MMD's gradient goes to the routed parameters alone; one backward() of the sum could not do that.
-        gradients: tuple[Tensor | None, ...] = ()
         if use_mmd and losses["mmd"].requires_grad:
-            loss = self.hparams["mmd_weight"] * losses["mmd"]
-            gradients = torch.autograd.grad(loss, self.routed, retain_graph=not self.local, allow_unused=True)
-        others = self.text.losses()
-        torch.stack([losses["ce"], *others.values()]).sum().backward()
-        for parameter, gradient in zip(self.routed, gradients, strict=False):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            loss = share * self.hparams["mmd_weight"] * losses["mmd"]
+            loss.backward(inputs=self.routed, retain_graph=not self.local)
+        (share * losses["ce"]).backward()
+        return losses
 
+    def step(self) -> None:
+        frozen, _ = self.stage()
         for parameter in frozen:
             parameter.grad = None
-        self.step()
-        self.steps_done += 1
-        return {name: loss.item() for name, loss in (losses | others).items()}
+        super().step()
 
     @property
     def local(self) -> bool:
@@ -155,7 +147,7 @@ class HeadPurification(ClipAlgorithm):
         joint: nothing. two_stage: in the first half cross-entropy trains the adapters, with the gates at their start;
         in the second, the adapters stay and both losses train the gates. alternate: these two by turns.
         """
-        step, strategy = int(self.steps_done), self.hparams["strategy"]
+        step, strategy = self.steps_done, self.hparams["strategy"]
         use_mmd = self.hparams["mmd_weight"] > 0 and bool(self.routed)
         if strategy == "joint":
             return [], use_mmd

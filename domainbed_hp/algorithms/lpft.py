@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, trainable
@@ -41,8 +40,6 @@ class LPFT(ClipAlgorithm):
         if "steps" not in h:
             raise UsageError('LPFT: pass the number of training steps as hparams["steps"]')
         self.probe_steps = int(h["probe_share"] * h["steps"])
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
-        self.steps_done: Tensor
         classifier = [p for p in self.text.parameters() if p.requires_grad]
         self.body = trainable(self.tower.parameters())
         self.train_with({"params": self.body + classifier, "lr": h["lr"], "weight_decay": h["weight_decay"]})
@@ -59,7 +56,7 @@ class LPFT(ClipAlgorithm):
 
     @property
     def probing(self) -> bool:
-        return int(self.steps_done) < self.probe_steps
+        return self.steps_done < self.probe_steps
 
     def encode(self, x: Tensor, trace: list[Trace] | None = None, tower: VisionTower | None = None) -> Tensor:
         for parameter in self.body:  # a probe's gradient stops at the image features
@@ -73,4 +70,3 @@ class LPFT(ClipAlgorithm):
         for part in probe if self.probing else fine_tuning:
             assert part is not None
             part.step()
-        self.steps_done += 1

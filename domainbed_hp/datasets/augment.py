@@ -103,7 +103,9 @@ def crops_by_matrix(images: Tensor, draws: Draws, size: int, interpolation: str)
     top, left, h, w = torch.from_numpy(draws.box).to(images.device, torch.float32, non_blocking=True).unbind(1)
     rows = filters(top, h, height, size, interpolation)
     columns = filters(left, w, width, size, interpolation)
-    columns = torch.where(torch.from_numpy(draws.flip).to(images.device)[:, None, None], columns.flip(1), columns)
+    columns = torch.where(
+        torch.from_numpy(draws.flip).to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns
+    )
     x = images.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, H, W)
     return (rows[:, None] @ (x @ columns[:, None].mT).clamp_(0, 1)).clamp_(0, 1)
 
@@ -147,10 +149,12 @@ def recolour(x: Tensor, factors: Tensor, order: np.ndarray, grey: np.ndarray) ->
         if len(some) == len(x):
             x = OPERATIONS[number](x, factors[:, number])
         elif len(some):
-            x[some] = OPERATIONS[number](x[some], factors[some, number])
+            on_device = torch.from_numpy(some).to(x.device, non_blocking=True)  # an array as index waits for the device
+            x[on_device] = OPERATIONS[number](x[on_device], factors[on_device, number])
     some = np.flatnonzero(grey)
     if len(some):
-        x[some] = luma(x[some])
+        on_device = torch.from_numpy(some).to(x.device, non_blocking=True)
+        x[on_device] = luma(x[on_device])
     return x
 
 

@@ -72,7 +72,9 @@ class DPL(TextSide):
         text = encode_each(self.tower, self.sentences, domains)  # (K, C, E)
         if sizes is None or self.hparams["dpl_released_labels"]:
             return text.flatten(0, 1)
-        return text.repeat_interleave(torch.tensor(sizes, device=text.device), dim=0, output_size=len(images))
+        return text.repeat_interleave(
+            torch.tensor(sizes).to(text.device, non_blocking=True), dim=0, output_size=len(images)
+        )
 
     def optimizer(self) -> torch.optim.Optimizer:
         h = self.hparams

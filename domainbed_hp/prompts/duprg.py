@@ -71,8 +71,10 @@ class DUPRG(TextOnly):
         reconstruction = -(self.bank * outputs).sum(-1).mean()
         intra = -(outputs * outputs.mean(1, keepdim=True)).sum(-1).mean()
         cosines = torch.einsum("cde,kde->dck", outputs, outputs)
-        others = ~torch.eye(len(outputs), dtype=torch.bool, device=outputs.device)
-        inter = cosines[:, others].mean() if len(outputs) > 1 else 0.0
+        count = len(outputs)
+        # All but the diagonal, which heads each row of C + 1 but the last; to index by a mask waits for the device.
+        others = cosines.flatten(1)[:, :-1].unflatten(1, (count - 1, count + 1))[..., 1:] if count > 1 else None
+        inter = 0.0 if others is None else others.mean()
         loss: Tensor = reconstruction + self.hparams["duprg_intra"] * intra + self.hparams["duprg_inter"] * inter
         return loss
 

@@ -29,6 +29,7 @@ class TextOnly(TextSide):
         self.seed: Tensor
         self.fitted: Tensor
         self.features: Tensor
+        self.seen_fitted: int | None = None
         self.helpers: list[nn.Module] = []
         """What only `fit` needs. In a list they are no children: neither trained nor saved."""
 
@@ -37,18 +38,20 @@ class TextOnly(TextSide):
         raise NotImplementedError(f"{type(self).__name__}.fit")
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        if not self.fitted:
-            self.fit_once(images.device)
-        self.helpers.clear()
+        if self.seen_fitted != self.fitted._version:  # asked once: a step that asks waits for the device
+            if not self.fitted:
+                self.fit_once(images.device)
+            self.seen_fitted = self.fitted._version
+            self.helpers.clear()
         return self.features
 
     def fit_once(self, device: torch.device) -> None:
         """Fill `features`, whatever the caller does with gradients, precision and random numbers."""
-        for helper in self.helpers:
-            helper.to(device, self.features.dtype)
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             torch.default_generator.manual_seed(int(self.seed))  # the CPU's alone, which `fork_rng` gives back
             with torch.inference_mode(False), torch.enable_grad():
+                for helper in self.helpers:
+                    helper.to(device, self.features.dtype)
                 features = self.fit().detach()
         self.features.copy_(unit(features))
         self.fitted.fill_(True)

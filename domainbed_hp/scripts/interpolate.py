@@ -84,7 +84,7 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
     rows = {}
     with Workers(of.num_workers) as workers:
         batch_size = EVAL_BATCH["cuda" if of.on_gpu else "cpu"]
-        loaders = eval_loaders(environments, of.split, batch_size, workers, max_images=limit, pin=of.on_gpu)
+        loaders = eval_loaders(environments, of.scored, batch_size, workers, max_images=limit, pin=of.on_gpu)
         for alpha in alphas:
             with holding(wise.parameters, wise.between(alpha)), evaluation(algorithm), cast:
                 scores = {name: score(algorithm, each, of.device, of.pixels) for name, each in loaders.items()}

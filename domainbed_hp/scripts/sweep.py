@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hparams", help="JSON object, for every algorithm that knows the name; wins over the sweep file")
     p.add_argument("--holdout_fraction", type=float, help="default 0.2")
     p.add_argument("--uda_holdout_fraction", type=float, help="of test environments, for domain_adaptation")
+    p.add_argument("--eval", choices=CHOICES["eval"], help="fast: score only what selection rules read")
     p.add_argument("--eval_images", type=int, help="score at most so many images of a split")
     p.add_argument("--precision", choices=CHOICES["precision"])
     p.add_argument("--device")

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms and data sets"
     )
     p.add_argument("--label", help="row of the table; default: the algorithm")
+    p.add_argument("--eval", default="full", choices=CHOICES["eval"], help="fast: only what selection rules read")
     p.add_argument("--eval_images", type=int, help="score at most so many images of each split")
     return p
 
