@@ -1,0 +1,71 @@
+"""Faster training steps: kernels recorded once and launched together, and compiled blocks. Argument `--compile`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domainbed_hp.algorithms import Algorithm
+from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.registry import UsageError
+
+COMPILE_STEPS = 3000
+"""A run on a GPU with at least so many steps wins back the minute that compiling takes."""
+
+
+def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int) -> None:
+    """Prepare an algorithm on `device` for `steps` updates.
+
+    `auto`: on a GPU, a step whose work is always the same is recorded, and compiled where the run is long enough.
+    `on`: compiled wherever it is. `off`: as written.
+    """
+    on_gpu = device.type == "cuda"
+    if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS):
+        algorithm.compile_blocks()
+    if choice != "off" and on_gpu and algorithm.same_work():
+        setattr(algorithm, "gradients", Recorded(algorithm))
+
+
+class Recorded:
+    """`algorithm.gradients` as a CUDA graph: a step has a thousand kernels, and starting them one by one takes the
+    host longer than running them takes the GPU. Anew for every new shape of the minibatches."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm, self.function = algorithm, algorithm.gradients
+        self.shapes: list[Any] = []
+
+    def __call__(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        shapes = [(x.shape, y.shape) for x, y in minibatches]
+        if shapes != self.shapes:
+            with torch.random.fork_rng():  # dropout stays a function of the step
+                self.record(minibatches)
+            self.shapes = shapes
+        for ours, theirs in zip(self.inputs, minibatches, strict=True):
+            for to, value in zip(ours, theirs, strict=True):
+                to.copy_(value, non_blocking=True)
+        self.graph.replay()
+        for parameter, gradient in self.filled:
+            parameter.grad = gradient
+        return {name: loss.clone() for name, loss in self.losses.items()}  # the next replay writes over them
+
+    def record(self, minibatches: list[Minibatch]) -> None:
+        self.inputs = [(x.clone(), y.clone()) for x, y in minibatches]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # what is compiled, chosen or kept at the first call
+                self.function(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.algorithm.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # loaders go on meanwhile
+                self.losses = self.function(self.inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = type(self.algorithm).__name__
+            raise UsageError(f"{name}: a step cannot be recorded; pass --compile off ({error})") from error
+        self.filled = [(p, p.grad) for p in self.algorithm.parameters() if p.grad is not None]
