@@ -72,4 +72,9 @@ def turns(variants: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, 
 def spread(ratios: ArrayLike) -> str:
     """Median, and 5 to 95 % of the rounds."""
     low, median, high = np.quantile(ratios, (0.05, 0.5, 0.95))
-    return f"{median:#.3g} ({low:#.3g} to {high:#.3g})"
+    return f"{number(median)} ({number(low)} to {number(high)})"
+
+
+def number(x: float) -> str:
+    """Three digits."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"

@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="of each environment, 0: all; default: the case's")
     parser.add_argument("--batch", type=int, default=12, help="images of each environment in a step")
     parser.add_argument("--records", type=int, default=2, help="at least 2")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--whole", action="store_true", help="no parts, and so no timers")
@@ -97,7 +97,7 @@ def main() -> None:
         if "eval" in {field.name for field in fields(RunArgs)}:
             runs["batched, --eval fast"] = replace(batched, eval="fast")
         for run in runs.values():
-            seconds(replace(run, steps=2, eval_images=8), device, args.whole)
+            seconds(replace(run, steps=2, eval_images=2), device, args.whole)
         variants = {name: lambda _, run=run: seconds(run, device, args.whole) for name, run in runs.items()}
         taken = turns(variants, args.rounds)
     print(f"{args.algorithm}, {args.case}, {machine}, {args.precision}: {count:,} images, {steps:,} steps, ", end="")
