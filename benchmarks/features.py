@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
+from common import spread, subset
 from tabulate import tabulate
 
 from domainbed_hp.datasets.prefetch import Workers
@@ -29,17 +30,6 @@ from domainbed_hp.scoring import EVAL_BATCH, evaluation
 from domainbed_hp.training import seed_everything
 
 TEXT_SIDES = ("random", "coop")
-
-
-def subset(data_dir: Path, folder: Path, images: int) -> None:
-    """Links to the first `images` of each environment, classes in turn."""
-    for env in sorted((data_dir / "PACS").iterdir()):
-        classes = [sorted(path.iterdir()) for path in sorted(env.iterdir())]
-        for i in range(images):
-            source = classes[i % len(classes)][i // len(classes)]
-            target = folder / "PACS" / source.relative_to(data_dir / "PACS")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source.resolve())
 
 
 class Variant:
@@ -95,10 +85,9 @@ def main() -> None:
                 done = {variant: variant.seconds(steps) for variant, steps in turns[:: 1 if round_i % 2 else -1]}
                 times.append([*done[cached], *done[encode]])
             on_features, loading, on_images, _ = np.array(times[1:]).T  # the first round warms up
-            low, median, high = np.quantile(on_images / on_features, (0.05, 0.5, 0.95))
             steps = [f"{1 / np.median(seconds):.3g}" for seconds in (on_features, on_images)]
             ms = f"{1e3 * np.median(loading):.2f}"
-            rows.append([f"prompt={prompt}", *steps, f"{median:.3g} ({low:.3g} to {high:.3g})", ms, f"{once:.1f}"])
+            rows.append([f"prompt={prompt}", *steps, spread(on_images / on_features), ms, f"{once:.1f}"])
     headers = ["", "steps/s, cached", "steps/s, encode", "ratio (5 to 95 % of rounds)", "loading, ms/step", "once, s"]
     print(tabulate(rows, headers, disable_numparse=True))
 
