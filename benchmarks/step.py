@@ -2,11 +2,12 @@
 
     python benchmarks/step.py                                    # ViT-B/16, random weights, fp32, one pinned core
     python benchmarks/step.py --model mini --all
-    python benchmarks/step.py --device cuda --precision bf16 --batch 36 96 --compile off on
+    python benchmarks/step.py --device cuda --precision bf16 --batch 36 96 --compile off auto on
 
 A step is all of `update` on images that are there: no loading. Three environments share the `--batch` images of a step.
 Variants take turns round by round, and each round gives the ratios. `frozen forward` is one `predict` without
-gradients. TFLOP are those of matrix products and attention that the step really does, counted by torch; `of peak` is
+gradients. --compile as `train` has it; `auto` records the step on a GPU and, as if the run were short, compiles nothing;
+TFLOP (of the first --compile) are those of matrix products and attention that the step really does, counted by torch; `of peak` is
 their rate over `--peak` TFLOP/s. Memory: the peak in a step with weights and optimizer, of tensors alone.
 """
 
@@ -28,6 +29,7 @@ from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.hparams_registry import resolve
 from domainbed_hp.networks.clip import clip_pixels
 from domainbed_hp.registry import ALGORITHMS
+from domainbed_hp.speed import speed_up
 from domainbed_hp.training import seed_everything
 
 FORWARD, BASE, FULL = "frozen forward", "LoRA", "FineTuneCLIP"
@@ -45,20 +47,19 @@ CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 class Variant:
     """An algorithm and what a step of it is."""
 
-    def __init__(self, name: str, args: argparse.Namespace, batch: int, compiled: bool) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, batch: int, choice: str) -> None:
         options = {"clip_model": args.model, "clip_pretrained": "random"} | VARIANTS.get(name, {})
         algorithm = options.pop("algorithm", name)
         if algorithm == "ERM":
             options = {"backbone": "clip"} | options
-        self.name, self.compiled, self.device = name, compiled, torch.device(args.device)
+        self.name, self.choice, self.device = name, choice, torch.device(args.device)
         self.cast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
         hparams = resolve(algorithm, "PACS", 0, 0, options) | {"class_names": list(CLASSES), "steps": 10**6}
         seed_everything(0)
         size = clip_pixels(args.model, "random").size
         built = get_algorithm_class(algorithm)((3, size, size), len(CLASSES), 3, hparams)
         self.algorithm: Algorithm = built.to(self.device)
-        if compiled:
-            self.algorithm.compile_blocks()
+        speed_up(self.algorithm, self.device, choice, steps=0)
         g = torch.Generator().manual_seed(0)
         x = torch.rand(batch, 3, size, size, generator=g).to(self.device)
         y = torch.randint(len(CLASSES), (batch,), generator=g).to(self.device)
@@ -132,15 +133,15 @@ def compare(args: argparse.Namespace, batch: int) -> str:
     names = args.variants or ([FORWARD, *ALGORITHMS] if args.all else list(VARIANTS))
     variants, memory, work = [], [], []
     for name in names:
-        for compiled in [choice == "on" for choice in args.compile]:
-            variant, peak = peak_memory(lambda n=name, c=compiled: Variant(n, args, batch, c))
-            work.append(work[-1] if compiled and len(args.compile) > 1 else flop(variant))
+        for choice in args.compile:
+            variant, peak = peak_memory(lambda n=name, c=choice: Variant(n, args, batch, c))
+            work.append(flop(variant) if choice == args.compile[0] else work[-1])
             variants.append(variant)
             memory.append(peak)
     times = np.array([[variant.seconds(args.steps) for variant in variants] for _ in range(args.rounds + 1)])[1:].T
 
     def column(name: str, like: Variant) -> np.ndarray | None:
-        found = [i for i, v in enumerate(variants) if v.name == name and v.compiled == like.compiled]
+        found = [i for i, v in enumerate(variants) if v.name == name and v.choice == like.choice]
         return times[found[0]] if found else None
 
     rows = []
@@ -149,9 +150,9 @@ def compare(args: argparse.Namespace, batch: int) -> str:
         ratios = [spread(seconds / to) if (to := column(name, variant)) is not None else "" for name in (BASE, FULL)]
         rate = flops / median / 1e12
         share = f"{rate / args.peak:.0%}" if args.peak else ""
-        row = [variant.name, "yes" if variant.compiled else "", f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
+        row = [variant.name, variant.choice, f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
         rows.append([*row, *ratios, f"{flops / 1e12:.3g}", f"{rate:.3g}", share, f"{peak / 2**20:.0f}"])
-    headers = ["", "compiled", "ms/step", "images/s", "times LoRA", "times full", "TFLOP", "TFLOP/s", "of peak", "MiB"]
+    headers = ["", "--compile", "ms/step", "images/s", "times LoRA", "times full", "TFLOP", "TFLOP/s", "of peak", "MiB"]
     return tabulate(rows, headers, disable_numparse=True)
 
 
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="of each variant a round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--compile", nargs="+", default=["off"], choices=("off", "on"))
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=("off", "auto", "on"))
     parser.add_argument("--peak", type=float, help="of the device, dense, in TFLOP/s; H100 and H200 in bf16: 989")
     args = parser.parse_args()
     if args.device == "cpu":

@@ -22,7 +22,7 @@ from domainbed_hp.disk import replaced
 from domainbed_hp.registry import UsageError
 
 FILE_NAME = "checkpoint.pt"
-NOT_THE_RUN = ("output_dir", "data_dir", "device", "num_workers", "features")
+NOT_THE_RUN = ("output_dir", "data_dir", "device", "num_workers", "features", "compile")
 """Arguments that may change while a run goes on."""
 STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 

@@ -53,6 +53,8 @@ class RunArgs:
     """`best`: also the model that training-domain validation would select."""
     device: str | None = None
     precision: str = "fp32"
+    compile: str = "auto"
+    """Whether to compile and record steps; see `speed.py`."""
     imports: tuple[str, ...] = ()
     label: str | None = None
     eval_images: int | None = None

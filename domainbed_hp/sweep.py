@@ -22,6 +22,7 @@ from domainbed_hp.seeds import seed_hash
 CHOICES = {
     "task": ("domain_generalization", "domain_adaptation"),
     "precision": ("fp32", "bf16"),
+    "compile": ("auto", "on", "off"),
     "loader": ("batched", "reference"),
     "features": ("cached", "encode"),
     "eval": ("full", "fast"),
@@ -71,6 +72,7 @@ class SweepSpec:
     eval: str | None = None
     eval_images: int | None = None
     precision: str | None = None
+    compile: str | None = None
     device: str | None = None
     loader: str | None = None
     features: str | None = None
@@ -209,6 +211,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
         "eval",
         "eval_images",
         "precision",
+        "compile",
         "device",
         "loader",
         "features",

@@ -33,6 +33,7 @@ from domainbed_hp.runs import DONE, Claim, claim
 from domainbed_hp.scoring import EVAL_BATCH, Score, evaluation, score, scored, validation_loss
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.sharpness import find_climb
+from domainbed_hp.speed import speed_up
 
 PROBE = 64
 """Validation images of an environment that `Algorithm.diagnose` sees."""
@@ -92,6 +93,7 @@ class Training:
         trains = [p for p in self.algorithm.parameters() if p.requires_grad]
         self.average = find_average(trains, run.hparams, run.steps)
         self.climb = find_climb(self.algorithm, run.hparams)
+        speed_up(self.algorithm, run.device, run.args.compile, run.steps)
         self.trainable = sum(p.numel() for p in trains)
         bf16 = run.args.precision == "bf16"
         # A cached cast would outlive a climb, which moves the weight in place.

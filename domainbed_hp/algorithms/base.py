@@ -52,6 +52,10 @@ class Algorithm(nn.Module):
         """The hparams that this method reads; override where defaults depend on the data set."""
         return cls.HPARAMS
 
+    ALIKE: ClassVar[bool] = False
+    """Every step's `gradients` does the same work, whatever the step and the images: no branch on either, no number
+    read back. Then a GPU records it once. Not inherited: a subclass that computes something else says so for itself."""
+
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         """`UsageError` for hparams that do not go together, before anything is built."""
@@ -78,6 +82,15 @@ class Algorithm(nn.Module):
         """One training step on one minibatch per training environment; returns what to log."""
         raise NotImplementedError(f"{type(self).__name__}.update")
 
+    def gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        """Leave on the parameters the gradients of a step; returns its losses, detached. The part of `update` before
+        the optimizer's, where a method has it apart."""
+        raise NotImplementedError(f"{type(self).__name__}.gradients")
+
+    def alike(self) -> bool:
+        """`ALIKE` of the class itself, where that does not depend on hparams."""
+        return bool(vars(type(self)).get("ALIKE"))
+
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, C) of images x."""
         raise NotImplementedError(f"{type(self).__name__}.predict")
@@ -86,12 +99,10 @@ class Algorithm(nn.Module):
         return self.predict(x)
 
     def compile_blocks(self) -> None:
-        """Compile what a step spends its time in: the blocks of CLIP's towers. Each shape is compiled anew."""
-        torch._dynamo.config.recompile_limit = 64  # layers differ in their ranks, and jobs may share a process
-        torch._functorch.config.donated_buffer = False  # an algorithm may go through a graph twice
+        """Compile what a step spends its time in: the blocks of CLIP's towers."""
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile(dynamic=False)
+                compile_in_training(module, "forward")
 
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
         """Numbers worth a column in every record, from validation images of the training environments."""
@@ -131,6 +142,15 @@ def get_algorithm_class(name: str) -> type[Algorithm]:
 def join(minibatches: list[Minibatch]) -> Minibatch:
     """All environments' images and labels in one batch."""
     return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
+
+
+def compile_in_training(module: nn.Module, method: str) -> None:
+    """Compile a module's method as it runs in training; in evaluation, whose batches have other shapes, it stays."""
+    torch._dynamo.config.recompile_limit = 64  # layers differ in their ranks, and jobs may share a process
+    torch._functorch.config.donated_buffer = False  # an algorithm may go through a graph twice
+    plain = getattr(module, method)
+    fast = torch.compile(plain, dynamic=False)
+    setattr(module, method, lambda *args: (fast if module.training else plain)(*args))
 
 
 def logged(losses: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:

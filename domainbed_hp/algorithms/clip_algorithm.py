@@ -104,6 +104,9 @@ class ClipAlgorithm(Algorithm):
             "source_free": not cls.IMAGE_SIDE_TRAINS and (text.SOURCE_FREE or not text.TRAINS),
         }
 
+    def alike(self) -> bool:
+        return super().alike() and bool(vars(type(self.text)).get("ALIKE"))
+
     def train_with(self, *groups: dict[str, Any]) -> None:
         """AdamW over parameter groups, with the cosine."""
         self.optimizer = torch.optim.AdamW(groups, fused=True)

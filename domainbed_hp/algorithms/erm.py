@@ -23,6 +23,7 @@ class ERM(Algorithm):
 
     # DEVIATION: DomainBed's resnet18, resnet50_augmix, dinov2 and vit are one hparam, `backbone`; its default is the
     # ResNet-50 of the published tables, IMAGENET1K_V1, where DomainBed has changed to other weights since.
+    ALIKE = True
     HPARAMS = {
         "backbone": HParam("resnet50", choices=BACKBONES, help="the featurizer"),
         "backbone_weights": HParam("imagenet", help="of a ResNet: imagenet, random, or a file with a state dict"),
@@ -89,12 +90,16 @@ class ERM(Algorithm):
         return super().protocol(hparams) | {"weights": starts.get(hparams["backbone"], of_resnet)}
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
+        losses = self.gradients(minibatches)
+        self.optimizer.step()
+        return logged(losses, self.hparams)
+
+    def gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         x, y = join(minibatches)
         loss = F.cross_entropy(self.predict(x), y)
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        return logged({"loss": loss}, self.hparams)
+        return {"loss": loss.detach()}
 
     def predict(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.featurizer(x if self.normalise is None else self.normalise.undo(x)))

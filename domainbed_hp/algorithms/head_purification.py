@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, join
+from domainbed_hp.algorithms.base import Minibatch, compile_in_training, join
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, sizes
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
@@ -32,6 +32,7 @@ class HeadPurification(ClipAlgorithm):
     Trainable parameters: H r (D + Dh) a projection and H gates a layer; ViT-B/16 with the defaults 718,848 + 144.
     """
 
+    ALIKE = True
     HPARAMS = (
         CLIP_HPARAMS
         | ADAMW_HPARAMS
@@ -136,6 +137,9 @@ class HeadPurification(ClipAlgorithm):
             parameter.grad = None
         super().step()
 
+    def alike(self) -> bool:
+        return super().alike() and self.hparams["strategy"] == "joint"
+
     @property
     def local(self) -> bool:
         """Whether the MMD has a graph of its own, apart from cross-entropy's."""
@@ -156,7 +160,7 @@ class HeadPurification(ClipAlgorithm):
 
     def compile_blocks(self) -> None:
         super().compile_blocks()
-        setattr(self, "discrepancy", torch.compile(self.discrepancy, dynamic=False))  # hundreds of small kernels
+        compile_in_training(self, "discrepancy")  # hundreds of small kernels
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:

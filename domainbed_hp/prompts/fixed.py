@@ -14,6 +14,7 @@ from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts,
 class Template(TextSide):
     """One prompt a class, `template` with its name."""
 
+    ALIKE = True
     HPARAMS = TEMPLATE_HPARAMS
     TRAINS = False
 
@@ -35,6 +36,7 @@ class Template(TextSide):
 class Ensemble(Template):
     """The mean of the text features of many templates, made unit-norm again."""
 
+    ALIKE = True
     HPARAMS = {
         "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates, or its 7")
     }

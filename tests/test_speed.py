@@ -1,0 +1,103 @@
+"""Every fast way to train does what the plain one does."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from helpers import batches, make
+
+from domainbed_hp.algorithms import Algorithm
+from domainbed_hp.algorithms.head_purification import HeadPurification
+from domainbed_hp.algorithms.lpft import LPFT
+from domainbed_hp.speed import COMPILE_STEPS, Recorded, speed_up
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+IMAGE_SIDES = ["ERM", "FineTuneCLIP", "LoRA", "CLIPLoRA", "VPT", "MIRO", "FLYP", "CLIPood", "CLIPAdapter", "LPFT"]
+TEXT_SIDES = ["ensemble", "coop", "cocoop", "dpl", "maple", "promptstyler", "text_tower", "text_lora", "from_text"]
+PURIFICATIONS: list[dict[str, Any]] = [
+    {},
+    {"mmd_reach": "global"},
+    {"mmd_level": "output"},
+    {"mmd_route": "both", "lora_targets": "qkvo"},
+    {"gates": "hard"},
+    {"strategy": "alternate"},
+    {"accumulate": 2},
+]
+CASES = [("HeadPurification", hparams) for hparams in PURIFICATIONS]
+CASES += [(name, {}) for name in IMAGE_SIDES]
+CASES += [("FrozenCLIP", {"prompt": prompt}) for prompt in TEXT_SIDES if prompt not in ("ensemble", "promptstyler")]
+CASES += [("HeadPurification", {"prompt": prompt}) for prompt in TEXT_SIDES]
+
+
+def losses(device: torch.device, choice: str, steps: int, name: str, bf16: bool = False, **hparams: Any) -> list[float]:
+    """Of `steps` updates: sums of what each logs."""
+    torch.manual_seed(0)
+    algorithm: Algorithm = make(name, steps=steps, **hparams).to(device)
+    speed_up(algorithm, device, choice, steps)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        minibatches = [(x.to(device), y.to(device)) for x, y in batches(seed=step)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            found.append(sum(float(value) for value in algorithm.update(minibatches).values()))
+    return found
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("hparams", [{}, {"mmd_reach": "global"}])
+def test_compiled_steps_on_the_cpu(hparams: dict[str, Any]) -> None:
+    plain, fast = (losses(CPU, choice, 50, "HeadPurification", **hparams) for choice in ("off", "on"))
+    assert fast[:5] == pytest.approx(plain[:5], rel=1e-5)
+    assert fast == pytest.approx(plain, rel=1e-3)
+    assert fast != plain  # it was compiled
+
+
+def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
+    algorithm = make("HeadPurification")
+    speed_up(algorithm, CPU, "auto", COMPILE_STEPS)
+    assert "forward" not in vars(algorithm.tower.blocks[0]) and "gradients" not in vars(algorithm)
+
+
+def test_a_subclass_says_for_itself_that_its_steps_are_alike() -> None:
+    class Mine(HeadPurification):
+        pass
+
+    assert make("HeadPurification").alike()
+    assert not make("HeadPurification", strategy="alternate").alike()
+    assert not make("HeadPurification", prompt="dpl").alike()  # sends sizes to the device at each step
+    assert not make("LPFT", prompt="random", steps=4).alike()
+    assert "ALIKE" not in vars(Mine) and "ALIKE" not in vars(LPFT)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("name", "hparams"), CASES, ids=str)
+def test_recorded_steps(name: str, hparams: dict[str, Any]) -> None:
+    device = torch.device("cuda")
+    prompt = {"prompt": "random"} if name == "LPFT" else {}
+    plain, fast = (losses(device, choice, 6, name, **prompt, **hparams) for choice in ("off", "auto"))
+    assert fast == pytest.approx(plain, rel=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "on"])
+@pytest.mark.parametrize("hparams", [{}, {"mmd_reach": "global"}])
+def test_fifty_steps_on_a_gpu(hparams: dict[str, Any], choice: str, bf16: bool) -> None:
+    device = torch.device("cuda")
+    plain, fast = (losses(device, c, 50, "HeadPurification", bf16, **hparams) for c in ("off", choice))
+    assert fast == pytest.approx(plain, rel=2e-2 if bf16 else 1e-3)
+
+
+@needs_gpu
+def test_a_new_shape_is_recorded_anew() -> None:
+    device = torch.device("cuda")
+    algorithm = make("LoRA").to(device)
+    speed_up(algorithm, device, "auto", 1)
+    assert isinstance(algorithm.gradients, Recorded)
+    for sizes in ((4, 4, 4), (4, 4, 4), (3, 4, 2)):
+        algorithm.update([(x.to(device), y.to(device)) for x, y in batches(sizes)])
+        assert algorithm.gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]
