@@ -6,9 +6,9 @@
 
 A step is all of `update` on images that are there: no loading. Three environments share the `--batch` images of a step.
 Variants take turns round by round, and each round gives the ratios. `frozen forward` is one `predict` without
-gradients. --compile as `train` has it; `auto` records the step on a GPU and, as if the run were short, compiles nothing;
-TFLOP (of the first --compile) are those of matrix products and attention that the step really does, counted by torch; `of peak` is
-their rate over `--peak` TFLOP/s. Memory: the peak in a step with weights and optimizer, of tensors alone.
+gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. TFLOP
+are those of matrix products and attention that the step really does, counted by torch; `of peak` is their rate over
+`--peak` TFLOP/s. Memory: the peak in a step with weights and optimizer, of tensors alone.
 """
 
 import argparse

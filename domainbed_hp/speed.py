@@ -24,8 +24,8 @@ def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int
     on_gpu = device.type == "cuda"
     if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS):
         algorithm.compile_blocks()
-    if choice != "off" and on_gpu and algorithm.same_work():
-        setattr(algorithm, "gradients", Recorded(algorithm))
+    if choice != "off" and on_gpu and algorithm.alike():
+        algorithm.gradients = Recorded(algorithm)  # type: ignore[method-assign]
 
 
 class Recorded:

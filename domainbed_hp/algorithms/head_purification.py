@@ -138,12 +138,12 @@ class HeadPurification(ClipAlgorithm):
         super().step()
 
     def alike(self) -> bool:
-        return super().alike() and self.hparams["strategy"] == "joint"
+        return super().alike() and bool(self.hparams["strategy"] == "joint")
 
     @property
     def local(self) -> bool:
         """Whether the MMD has a graph of its own, apart from cross-entropy's."""
-        return self.hparams["mmd_level"] == "layers" and self.hparams["mmd_reach"] == "local"
+        return (self.hparams["mmd_level"], self.hparams["mmd_reach"]) == ("layers", "local")
 
     def stage(self) -> tuple[list[nn.Parameter], bool]:
         """What this step leaves alone, and whether it uses the MMD.

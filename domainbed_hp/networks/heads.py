@@ -168,7 +168,8 @@ class GatedProjection(torch.autograd.Function):
 
 def gated_weight(weight: Tensor, gates: Tensor) -> Tensor:
     """W_o (D, D) as nn.Linear stores it, with the columns that read head i times gate i."""
-    return (weight.unflatten(1, (len(gates), -1)) * gates[:, None]).flatten(1)
+    gated: Tensor = weight.unflatten(1, (len(gates), -1)) * gates[:, None]
+    return gated.flatten(1)
 
 
 class HeadAttention(nn.Module):
@@ -182,7 +183,7 @@ class HeadAttention(nn.Module):
         super().__init__()
         self.causal = causal
         self.num_heads = int(pretrained.num_heads)
-        self.in_proj_weight = pretrained.in_proj_weight  # (3 D, D)
+        self.in_proj_weight: Tensor = pretrained.in_proj_weight  # (3 D, D)
         self.in_proj_bias = pretrained.in_proj_bias
         self.out_proj = pretrained.out_proj
         self.width = int(self.in_proj_weight.shape[1])
@@ -215,8 +216,10 @@ class HeadAttention(nn.Module):
         rows = slice(start, start + self.width * len(names))
         weight = self.merged_in_proj() if merge else self.in_proj_weight
         parts = F.linear(x, weight[rows], self.in_proj_bias[rows]).chunk(len(names), dim=-1)
-        adapters = {} if merge else self.adapters
-        return [adapters[n](x, y) if n in adapters else y for n, y in zip(names, parts, strict=True)]
+        return [
+            y if merge or name not in self.adapters else self.adapters[name](x, y)
+            for name, y in zip(names, parts, strict=True)
+        ]
 
     def project(self, heads: Tensor) -> Tensor:
         """Gate the heads, then the output projection, (B, N, H, Dh) -> (B, N, D). Its bias is not gated."""
@@ -232,7 +235,7 @@ class HeadAttention(nn.Module):
         return self.project(self.heads(x))
 
     def merged_in_proj(self) -> Tensor:
-        """W_q, W_k and W_v with their adapters, (3 D, D) as nn.Linear stores them; the pretrained ones if there are none."""
+        """W_q, W_k and W_v with their adapters, (3 D, D) as nn.Linear stores them."""
         if not set("qkv") & set(self.adapters):
             return self.in_proj_weight
         merged = self.in_proj_weight.clone()

@@ -47,7 +47,8 @@ def pairs(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
 def bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
     """The scale s of the kernel for each pair of domains, from squared distances (..., n, n) -> (..., P), detached.
 
-    `distinct` (P, n, n) says which distances count. multi_gaussian: mean over the distinct pairs of the two. median: median over them. domainbed: 1.
+    `distinct` (P, n, n) says which distances count. multi_gaussian: their
+    mean. median: their median. domainbed: 1.
     """
     d2 = d2.detach()
     if kernel == "domainbed":
