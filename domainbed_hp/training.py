@@ -149,7 +149,8 @@ class Training:
             with self.climb(minibatches):
                 metrics = self.algorithm.update(minibatches, unlabeled)
         except torch.cuda.OutOfMemoryError as error:
-            hint = "try a smaller batch_size, or --precision bf16"
+            parts = "a larger accumulate, " if "accumulate" in self.run.hparams else ""
+            hint = f"try {parts}a smaller batch_size, or --precision bf16"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
         return {name: v.detach() if isinstance(v, Tensor) else v for name, v in metrics.items()}  # no graph stays
 

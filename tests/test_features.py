@@ -44,7 +44,7 @@ def test_training_on_features_is_training_on_images(
     update, losses = ClipAlgorithm.update, []
 
     def noting(*rest: Any) -> dict[str, float]:
-        losses.append(update(*rest)["ce"])
+        losses.append(float(update(*rest)["ce"]))
         return {"ce": losses[-1]}
 
     monkeypatch.setattr(ClipAlgorithm, "update", noting)

@@ -461,7 +461,9 @@ def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     stop_at(1, monkeypatch, full)
-    with pytest.raises(UsageError, match="out of GPU memory at step 1: try a smaller batch_size, or --precision bf16"):
+    with pytest.raises(
+        UsageError, match="at step 1: try a larger accumulate, a smaller batch_size, or --precision bf16"
+    ):
         go(tmp_path / "run", algorithm="LoRA")
     assert "smaller batch_size" in failure(tmp_path / "run")
 
