@@ -12,15 +12,17 @@ are those of matrix products and attention that the step really does, counted by
 """
 
 import argparse
+import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
+from common import one_thread, spread, synchronise, turns
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +55,7 @@ class Variant:
         if algorithm == "ERM":
             options = {"backbone": "clip"} | options
         self.name, self.choice, self.device = name, choice, torch.device(args.device)
-        self.cast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        self.cast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False)
         hparams = resolve(algorithm, "PACS", 0, 0, options) | {"class_names": list(CLASSES), "steps": 10**6}
         seed_everything(0)
         size = clip_pixels(args.model, "random").size
@@ -76,17 +78,12 @@ class Variant:
 
     def seconds(self, steps: int) -> float:
         """Of one step, mean over some."""
-        synchronize(self.device)
+        synchronise(self.device)
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
-        synchronize(self.device)
+        synchronise(self.device)
         return (time.perf_counter() - start) / steps
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def flop(variant: Variant) -> float:
@@ -124,11 +121,6 @@ def held(algorithm: Algorithm) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
-def spread(ratios: Iterable[float]) -> str:
-    low, median, high = np.quantile(list(ratios), (0.05, 0.5, 0.95))
-    return f"{median:.3f} ({low:.3f} to {high:.3f})"
-
-
 def compare(args: argparse.Namespace, batch: int) -> str:
     names = args.variants or ([FORWARD, *ALGORITHMS] if args.all else list(VARIANTS))
     variants, memory, work = [], [], []
@@ -138,7 +130,8 @@ def compare(args: argparse.Namespace, batch: int) -> str:
             work.append(flop(variant) if choice == args.compile[0] else work[-1])
             variants.append(variant)
             memory.append(peak)
-    times = np.array([[variant.seconds(args.steps) for variant in variants] for _ in range(args.rounds + 1)])[1:].T
+    ways = {str(i): lambda _, v=variant: v.seconds(args.steps) for i, variant in enumerate(variants)}
+    times = np.array(list(turns(ways, args.rounds + 1).values()))[:, 1:]  # the first round warms up
 
     def column(name: str, like: Variant) -> np.ndarray | None:
         found = [i for i, v in enumerate(variants) if v.name == name and v.choice == like.choice]
@@ -169,11 +162,8 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", default=["off"], choices=("off", "auto", "on"))
     parser.add_argument("--peak", type=float, help="of the device, dense, in TFLOP/s; H100 and H200 in bf16: 989")
     args = parser.parse_args()
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    else:
-        print(torch.cuda.get_device_name(), f"torch {torch.__version__}")
+    logging.disable(logging.WARNING)  # weights are random, says open_clip each time
+    print(f"{one_thread(torch.device(args.device))}, torch {torch.__version__}")
     for batch in args.batch:
         print(f"{args.model}, {args.precision}, {batch} images a step, {args.rounds} rounds")
         print(compare(args, batch), flush=True)

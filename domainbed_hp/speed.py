@@ -39,7 +39,9 @@ class Recorded:
     def __call__(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         shapes = [(x.shape, y.shape) for x, y in minibatches]
         if shapes != self.shapes:
-            with torch.random.fork_rng():  # dropout stays a function of the step
+            cast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+            # Dropout stays a function of the step; a cast that is kept would not follow its weight.
+            with torch.random.fork_rng(), torch.autocast("cuda", *cast, cache_enabled=False):
                 self.record(minibatches)
             self.shapes = shapes
         for ours, theirs in zip(self.inputs, minibatches, strict=True):
