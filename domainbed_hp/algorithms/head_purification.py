@@ -109,12 +109,12 @@ class HeadPurification(ClipAlgorithm):
         tokens = []
         for block, layer in zip(self.tower.blocks, trace, strict=True):
             if self.hparams["mmd_reach"] == "global":
-                tokens.append(layer.after[:, 0])
+                tokens.append(layer.attended[:, 0])
                 continue
             before = layer.before.detach()
             # The adapters sit between that input and the gates: for the gates alone, cut the heads' outputs off too.
-            heads = layer.heads.detach() if self.hparams["mmd_route"] == "gates" else block.heads(before, 1)
-            tokens.append(block.attend(before[:, :1], heads[:, :1])[:, 0])
+            heads = layer.heads if self.hparams["mmd_route"] == "gates" else block.heads(before, 1)
+            tokens.append(block.attend(before[:, :1], heads)[:, 0])
         z = torch.stack(tokens)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.layer_norm(z, z.shape[-1:])

@@ -42,7 +42,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + x dW, (B, N, D) each, on activations: R columns, then one product that adds to y.
 
-        The other way, x (W + dW), costs no columns but a gradient of all of W: a sixth of a layer's work and more.
+        The other way, x (W + dW), costs the gradient of all of W (`benchmarks/forms.py`).
         """
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
@@ -60,10 +60,16 @@ def uniform(width: int, *shape: int) -> Tensor:
     return torch.empty(*shape).uniform_(-(width**-0.5), width**-0.5)
 
 
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """(H, a, b) -> (H a, H b), in one kernel."""
+    own = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
+    return (blocks[:, :, None] * own).flatten(2).flatten(0, 1)  # (H, a, H, b)
+
+
 class HeadLoRA(LowRank):
     """Low-rank change of W_q, W_k or W_v, head by head: head i's columns get dW_i = A_i B_i.
 
-    It is a LoRA of rank R = H r whose B is block diagonal, and is computed as one: twelve small products are slower.
+    It is a LoRA of rank R = H r whose B is block diagonal, and is computed as one: H small products are slower.
     `shared` is conventional LoRA: one A for all heads, so what one head learns moves the others; R = r.
     Parameters: H r (D + Dh); shared 2 D r.
     """
@@ -73,14 +79,12 @@ class HeadLoRA(LowRank):
     ) -> None:
         lora_A = uniform(width, 1 if shared else num_heads, width, rank)
         super().__init__(lora_A, torch.zeros(num_heads, rank, width // num_heads), scale, dropout)
-        self.register_buffer("own", torch.eye(num_heads)[:, None, :, None], persistent=False)
-        self.own: Tensor
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a = self.lora_A.transpose(0, 1).flatten(1)
         if len(self.lora_A) == 1:
             return a, self.lora_B.transpose(0, 1).flatten(1)
-        return a, (self.lora_B[:, :, None] * self.own).flatten(2).flatten(0, 1)  # (H, r, H, Dh)
+        return a, block_diagonal(self.lora_B)
 
 
 class OutputHeadLoRA(LowRank):
@@ -94,14 +98,12 @@ class OutputHeadLoRA(LowRank):
     ) -> None:
         lora_A = uniform(width, num_heads, width // num_heads, rank)
         super().__init__(lora_A, torch.zeros(1 if shared else num_heads, rank, width), scale, dropout)
-        self.register_buffer("own", torch.eye(num_heads)[:, None, :, None], persistent=False)
-        self.own: Tensor
 
     def factors(self) -> tuple[Tensor, Tensor]:
         b = self.lora_B.flatten(0, 1)
         if len(self.lora_B) == 1:
             return self.lora_A.flatten(0, 1), b
-        return (self.lora_A[:, :, None] * self.own).flatten(2).flatten(0, 1), b  # (H, Dh, H, r)
+        return block_diagonal(self.lora_A), b
 
 
 class HeadGate(nn.Module):

@@ -66,7 +66,7 @@ class TextTower(nn.Module):
             if 0 < i <= len(deep):
                 new = deep[i - 1].expand(len(x), -1, -1).to(x.dtype)
                 x = torch.cat([x[:, :at], new, x[:, at + new.shape[1] :]], dim=1)
-            x = block(x).output
+            x, *_ = block(x)
         x = x[torch.arange(len(x), device=x.device), ends.expand(many).reshape(-1)]
         x = self.ln_final(x)  # a token's own
         if isinstance(self.text_projection, nn.Linear):

@@ -19,14 +19,17 @@ LAST_LAYERS = 2
 
 
 class Trace(NamedTuple):
-    """What one layer computed: the residual stream before attention (B, N, D), the heads' outputs (B, N, H, Dh)
-    before gating, and the residual stream after attention and after the MLP (B, N, D). In the last layer of an image
-    tower, N is 1 for all but `before`, unless `VisionTower.every_token`."""
+    """What one layer computed: the residual stream before and after it, and in between what became of the class token:
+    its heads' outputs before gating, detached, and the residual stream after attention."""
 
     before: Tensor
+    """(B, N, D)"""
     heads: Tensor
-    after: Tensor
+    """(B, 1, H, Dh)"""
+    attended: Tensor
+    """(B, 1, D)"""
     output: Tensor
+    """(B, N, D); in the last layer (B, 1, D), unless `VisionTower.every_token`"""
 
 
 class Silu(torch.autograd.Function):
@@ -72,12 +75,13 @@ class Block(nn.Module):
         y: Tensor = x + self.ls_1(self.attn.project(heads))
         return y
 
-    def forward(self, x: Tensor, first: int | None = None) -> Trace:
-        """On the residual stream x (B, N, D); `first`: what becomes of the first tokens alone."""
+    def forward(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream x (B, N, D) after this layer, with `first` that of the first tokens alone; and of the
+        first one `Trace.heads` and `Trace.attended`."""
         heads = self.heads(x, first)
         after = self.attend(x[:, :first], heads)
         y: Tensor = after + self.ls_2(self.mlp(self.ln_2(after)))
-        return Trace(x, heads, after, y)
+        return y, heads[:, :1].detach(), after[:, :1]
 
 
 class VisionTower(nn.Module):
@@ -119,10 +123,10 @@ class VisionTower(nn.Module):
             if 0 < i < len(prompts):
                 x = torch.cat([x[:, : -len(prompts[i])], prompts[i].expand(len(x), -1, -1).to(x.dtype)], dim=1)
             first = None if self.every_token or i < len(self.blocks) - 1 else 1
-            layer = block(x, first)
+            before = x
+            x, heads, attended = block(x, first)
             if trace is not None:
-                trace.append(layer)
-            x = layer.output
+                trace.append(Trace(before, heads, attended, x))
         features: Tensor = self.ln_post(x[:, 0]) @ self.proj
         return features
 
