@@ -6,8 +6,8 @@
 
 A step is all of `update` on images that are there: no loading. Three environments share the `--batch` images of a step.
 Variants take turns round by round, and each round gives the ratios. `frozen forward` is one `predict` without
-gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. TFLOP
-are those of matrix products and attention that the step really does, counted by torch; `of peak` is their rate over
+gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. `first`:
+the first step, which records and compiles. TFLOP are those of matrix products and attention that the step really does, counted by torch; `of peak` is their rate over
 `--peak` TFLOP/s. Memory: the peak in a step with weights and optimizer, of tensors alone.
 """
 
@@ -87,28 +87,28 @@ class Variant:
 
 
 def flop(variant: Variant) -> float:
-    """Floating-point operations of a step that is not compiled."""
+    """Floating-point operations of a step, which must be neither recorded nor compiled."""
     with FlopCounterMode(display=False) as counter:
         variant.step()
     return float(counter.get_total_flops())
 
 
-def peak_memory(make: Callable[[], Variant]) -> tuple[Variant, float]:
-    """A variant, and the bytes that its third step takes at most, with all that it holds before."""
+def peak_memory(make: Callable[[], Variant]) -> tuple[Variant, float, float]:
+    """A variant, the seconds of its first step, and the bytes that its third takes at most, with all it holds before."""
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     variant = make()
-    for _ in range(2):
-        variant.step()
+    first = variant.seconds(1)
+    variant.step()
     if variant.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         variant.step()
-        return variant, torch.cuda.max_memory_allocated() - before
+        return variant, first, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         variant.step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return variant, held(variant.algorithm) + float(max(0, *changes))
+    return variant, first, held(variant.algorithm) + float(max(0, *changes))
 
 
 def held(algorithm: Algorithm) -> int:
@@ -123,13 +123,15 @@ def held(algorithm: Algorithm) -> int:
 
 def compare(args: argparse.Namespace, batch: int) -> str:
     names = args.variants or ([FORWARD, *ALGORITHMS] if args.all else list(VARIANTS))
-    variants, memory, work = [], [], []
+    variants, firsts, memory, work = [], [], [], []
     for name in names:
+        flops = flop(Variant(name, args, batch, "off"))
         for choice in args.compile:
-            variant, peak = peak_memory(lambda n=name, c=choice: Variant(n, args, batch, c))
-            work.append(flop(variant) if choice == args.compile[0] else work[-1])
+            variant, first, peak = peak_memory(lambda n=name, c=choice: Variant(n, args, batch, c))
             variants.append(variant)
+            firsts.append(first)
             memory.append(peak)
+            work.append(flops)
     ways = {str(i): lambda _, v=variant: v.seconds(args.steps) for i, variant in enumerate(variants)}
     times = np.array(list(turns(ways, args.rounds + 1).values()))[:, 1:]  # the first round warms up
 
@@ -138,14 +140,26 @@ def compare(args: argparse.Namespace, batch: int) -> str:
         return times[found[0]] if found else None
 
     rows = []
-    for variant, seconds, peak, flops in zip(variants, times, memory, work, strict=True):
+    for variant, first, seconds, peak, flops in zip(variants, firsts, times, memory, work, strict=True):
         median = float(np.median(seconds))
         ratios = [spread(seconds / to) if (to := column(name, variant)) is not None else "" for name in (BASE, FULL)]
         rate = flops / median / 1e12
         share = f"{rate / args.peak:.0%}" if args.peak else ""
-        row = [variant.name, variant.choice, f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
+        row = [variant.name, variant.choice, f"{first:.1f}", f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
         rows.append([*row, *ratios, f"{flops / 1e12:.3g}", f"{rate:.3g}", share, f"{peak / 2**20:.0f}"])
-    headers = ["", "--compile", "ms/step", "images/s", "times LoRA", "times full", "TFLOP", "TFLOP/s", "of peak", "MiB"]
+    headers = [
+        "",
+        "--compile",
+        "first, s",
+        "ms/step",
+        "images/s",
+        "times LoRA",
+        "times full",
+        "TFLOP",
+        "TFLOP/s",
+        "of peak",
+        "MiB",
+    ]
     return tabulate(rows, headers, disable_numparse=True)
 
 
