@@ -6,9 +6,10 @@
 
 A step is all of `update` on images that are there: no loading. Three environments share the `--batch` images of a step.
 Variants take turns round by round, and each round gives the ratios. `frozen forward` is one `predict` without
-gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. `first`:
-the first step, which records and compiles. TFLOP are those of matrix products and attention that the step really does, counted by torch; `of peak` is their rate over
-`--peak` TFLOP/s. Memory: the peak in a step with weights and optimizer, of tensors alone.
+gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. `first`
+is the first step, which records and compiles. TFLOP are those of matrix products and attention that the step really
+does, counted by torch; `of peak` is their rate over `--peak` TFLOP/s. MiB: the peak in a step with weights and
+optimizer, of tensors alone.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def flop(variant: Variant) -> float:
 
 
 def peak_memory(make: Callable[[], Variant]) -> tuple[Variant, float, float]:
-    """A variant, the seconds of its first step, and the bytes that its third takes at most, with all it holds before."""
+    """A variant, the seconds of its first step, and the bytes that its third takes at most, weights included."""
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     variant = make()
     first = variant.seconds(1)
