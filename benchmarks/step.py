@@ -9,7 +9,7 @@ Variants take turns round by round, and each round gives the ratios. `frozen for
 gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. `first`
 is the first step, which records and compiles. TFLOP are those of matrix products and attention that the step really
 does, counted by torch; `of peak` is their rate over `--peak` TFLOP/s. MiB: the peak in a step with weights and
-optimizer, of tensors alone.
+optimizer, of tensors alone; torch does not count what a recorded step uses.
 """
 
 import argparse
@@ -124,14 +124,14 @@ def held(algorithm: Algorithm) -> int:
 
 def compare(args: argparse.Namespace, batch: int) -> str:
     names = args.variants or ([FORWARD, *ALGORITHMS] if args.all else list(VARIANTS))
-    variants, firsts, memory, work = [], [], [], []
+    variants, firsts, peaks, work = [], [], [], []
     for name in names:
         flops = flop(Variant(name, args, batch, "off"))
         for choice in args.compile:
             variant, first, peak = peak_memory(lambda n=name, c=choice: Variant(n, args, batch, c))
             variants.append(variant)
             firsts.append(first)
-            memory.append(peak)
+            peaks.append(peak)
             work.append(flops)
     ways = {str(i): lambda _, v=variant: v.seconds(args.steps) for i, variant in enumerate(variants)}
     times = np.array(list(turns(ways, args.rounds + 1).values()))[:, 1:]  # the first round warms up
@@ -141,26 +141,16 @@ def compare(args: argparse.Namespace, batch: int) -> str:
         return times[found[0]] if found else None
 
     rows = []
-    for variant, first, seconds, peak, flops in zip(variants, firsts, times, memory, work, strict=True):
+    for variant, first, seconds, peak, flops in zip(variants, firsts, times, peaks, work, strict=True):
         median = float(np.median(seconds))
         ratios = [spread(seconds / to) if (to := column(name, variant)) is not None else "" for name in (BASE, FULL)]
         rate = flops / median / 1e12
         share = f"{rate / args.peak:.0%}" if args.peak else ""
         row = [variant.name, variant.choice, f"{first:.1f}", f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
-        rows.append([*row, *ratios, f"{flops / 1e12:.3g}", f"{rate:.3g}", share, f"{peak / 2**20:.0f}"])
-    headers = [
-        "",
-        "--compile",
-        "first, s",
-        "ms/step",
-        "images/s",
-        "times LoRA",
-        "times full",
-        "TFLOP",
-        "TFLOP/s",
-        "of peak",
-        "MiB",
-    ]
+        memory = "" if "gradients" in vars(variant.algorithm) else f"{peak / 2**20:.0f}"
+        rows.append([*row, *ratios, f"{flops / 1e12:.3g}", f"{rate:.3g}", share, memory])
+    headers = ["", "--compile", "first, s", "ms/step", "images/s", "times LoRA", "times full"]
+    headers += ["TFLOP", "TFLOP/s", "of peak", "MiB"]
     return tabulate(rows, headers, disable_numparse=True)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,21 +14,27 @@ from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.registry import UsageError
 
-COMPILE_STEPS = 3000
-"""A run on a GPU with at least so many steps wins back the minute that compiling takes."""
+COMPILE_STEPS = 5000
+"""A run on a GPU with at least so many steps wins back the 20 seconds that compiling takes (`benchmarks/step.py`)."""
 
 
 def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int) -> None:
     """Prepare an algorithm on `device` for `steps` updates.
 
     `auto`: on a GPU, a step whose work is always the same is recorded, and compiled where the run is long enough.
-    `on`: compiled wherever it is. `off`: as written.
+    `on`: compiled in any case. `off`: as written.
     """
     on_gpu = device.type == "cuda"
-    if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS):
+    if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS and can_compile()):
         algorithm.compile_blocks()
     if choice != "off" and on_gpu and algorithm.alike():
         algorithm.gradients = Recorded(algorithm)  # type: ignore[method-assign]
+
+
+def can_compile() -> bool:
+    """Whether torch.compile has what it needs for a GPU: Triton and a C compiler."""
+    compilers = os.environ.get("CC", "cc"), "gcc", "clang"
+    return find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 class Recorded:
