@@ -127,7 +127,8 @@ def sgd(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
 
 def adamw(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW by `prompt_lr` and `prompt_weight_decay`."""
-    return torch.optim.AdamW(parameters, hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
+    decay = hparams["prompt_weight_decay"]
+    return torch.optim.AdamW(parameters, hparams["prompt_lr"], weight_decay=decay, fused=True)
 
 
 def prompt_class(name: str) -> type[TextSide]:
