@@ -152,7 +152,8 @@ class Training:
             parts = "a larger accumulate, " if "accumulate" in self.run.hparams else ""
             hint = f"try {parts}a smaller batch_size, or --precision bf16"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
-        return {name: v.detach() if isinstance(v, Tensor) else v for name, v in metrics.items()}  # no graph stays
+        # No graph stays, and no memory that a later step writes over: a method may log a parameter.
+        return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in metrics.items()}
 
     def read(self) -> None:
         """Move what is `unread` to `since`, and wait for it; then the time since the last one is that of the steps."""
@@ -263,7 +264,7 @@ class Training:
 def read_numbers(logged: Sequence[Metrics], device: torch.device) -> list[dict[str, float]]:
     """Plain floats, which a checkpoint can hold; all that lies on the device comes in one transfer."""
     tensors = [value for metrics in logged for value in metrics.values() if isinstance(value, Tensor)]
-    found = iter(torch.stack([t.to(device, torch.float64) for t in tensors]).tolist() if tensors else ())
+    found = iter(torch.stack([t.to(device, torch.float64).squeeze() for t in tensors]).tolist() if tensors else ())
     return [{k: next(found) if isinstance(v, Tensor) else float(v) for k, v in each.items()} for each in logged]
 
 

@@ -1,11 +1,12 @@
 """Every fast way to train does what the plain one does."""
 
+import copy
 import shutil
 from typing import Any
 
 import pytest
 import torch
-from helpers import batches, make
+from helpers import batches, images, make
 
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.head_purification import HeadPurification
@@ -60,6 +61,16 @@ def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
     algorithm = make("HeadPurification")
     speed_up(algorithm, CPU, "auto", COMPILE_STEPS)
     assert "forward" not in vars(algorithm.tower.blocks[0]) and "gradients" not in vars(algorithm)
+
+
+def test_a_copy_of_what_is_compiled_computes_with_its_own_weights() -> None:
+    original = make("LoRA").eval()  # in evaluation nothing is compiled
+    original.compile_blocks()
+    copied = copy.deepcopy(original)
+    for parameter in copied.tower.blocks.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = images(2)
+    assert not torch.equal(copied.predict(x), original.predict(x))
 
 
 def test_a_subclass_says_for_itself_that_its_steps_are_alike() -> None:

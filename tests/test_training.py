@@ -139,16 +139,19 @@ def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch
     monkeypatch.setattr(training, "read_numbers", lambda *args: (reads.append(len(args[0])), read(*args))[1])
     whole = go(tmp_path / "run", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
     assert reads == [1, 3, 2]
-    update, seen = get_algorithm_class("LoRA").update, []
+    update, seen, counter = get_algorithm_class("LoRA").update, [], torch.zeros(())
 
     def numbers(*args: Any) -> dict[str, Any]:
         seen.append(update(*args)["ce"].item())
-        return {"ce": seen[-1], "odd": torch.tensor(1.0, requires_grad=True), "half": torch.tensor(2.5).half()}
+        counter.add_(1)  # as an optimizer moves a parameter
+        odd = {"odd": torch.ones(1, requires_grad=True), "half": torch.tensor(2.5).half(), "count": counter}
+        return {"ce": seen[-1], **odd}
 
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", numbers)
     again = go(tmp_path / "again", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
     assert [r["ce"] for r in whole] == [r["ce"] for r in again] == [seen[0], np.mean(seen[1:4]), np.mean(seen[4:])]
     assert (again[1]["odd"], again[1]["half"]) == (1.0, 2.5)
+    assert [r["count"] for r in again] == [1, (2 + 3 + 4) / 3, (5 + 6) / 2]
 
 
 def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(

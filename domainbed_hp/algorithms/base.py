@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -148,9 +149,13 @@ def compile_in_training(module: nn.Module, method: str) -> None:
     """Compile a module's method as it runs in training; in evaluation, whose batches have other shapes, it stays."""
     torch._dynamo.config.recompile_limit = 64  # layers differ in their ranks, and jobs may share a process
     torch._functorch.config.donated_buffer = False  # an algorithm may go through a graph twice
-    plain = getattr(module, method)
+    plain = getattr(type(module), method)
     fast = torch.compile(plain, dynamic=False)
-    setattr(module, method, lambda *args: (fast if module.training else plain)(*args))
+
+    def either(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (fast if self.training else plain)(self, *args, **kwargs)
+
+    setattr(module, method, MethodType(either, module))  # a method: a copy of the module gets its own
 
 
 def logged(losses: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:
