@@ -6,10 +6,10 @@
 
 A step is all of `update` on images that are there: no loading. Three environments share the `--batch` images of a step.
 Variants take turns round by round, and each round gives the ratios. `frozen forward` is one `predict` without
-gradients. --compile as `train` has it; `auto` as for a short run: a GPU records the step, nothing is compiled. `first`
-is the first step, which records and compiles. TFLOP are those of matrix products and attention that the step really
+gradients. --compile as `train` has it; `auto` as for a short run: a GPU captures the step, nothing is compiled. `first`
+is the first step, which captures and compiles. TFLOP are those of matrix products and attention that the step really
 does, counted by torch; `of peak` is their rate over `--peak` TFLOP/s. MiB: the peak in a step with weights and
-optimizer, of tensors alone; torch does not count what a recorded step uses.
+optimizer, of tensors alone; torch does not count what a captured step uses.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Variant:
 
 
 def flop(variant: Variant) -> float:
-    """Floating-point operations of a step, which must be neither recorded nor compiled."""
+    """Floating-point operations of a step, which must be neither captured nor compiled."""
     with FlopCounterMode(display=False) as counter:
         variant.step()
     return float(counter.get_total_flops())

@@ -54,7 +54,7 @@ class RunArgs:
     device: str | None = None
     precision: str = "fp32"
     compile: str = "auto"
-    """Whether to compile and record steps; see `speed.py`."""
+    """Whether to compile and capture steps; see `speed.py`."""
     imports: tuple[str, ...] = ()
     label: str | None = None
     eval_images: int | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.algorithms.base import Minibatch, statistics_kept
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.registry import SHARPNESS, load
 
@@ -69,19 +69,16 @@ class SAM:
     def climb(self, minibatches: list[Minibatch], parameters: list[torch.nn.Parameter]) -> None:
         if not parameters:
             return
-        norms = [m for m in self.algorithm.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
-        buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-        losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
-        if not losses.requires_grad:  # a text side that trains by a loss of its own
-            return
-        found = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
+        with statistics_kept(self.algorithm):  # a batch norm counts the images of a step once
+            losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
+            if not losses.requires_grad:  # a text side that trains by a loss of its own
+                return
+            found = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
         moves = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
         length = torch.stack([g.norm() for _, g in moves]).norm()
         with torch.no_grad():
             for parameter, gradient in moves:
                 parameter.add_(gradient * (self.hparams["sam_rho"] / (length + 1e-12)))
-            for buffer, value in buffers:  # a batch norm counts the images of a step once
-                buffer.copy_(value)
 
 
 class DISAM(SAM):

@@ -1,4 +1,4 @@
-"""Faster training steps: kernels recorded once and launched together, and compiled blocks. Argument `--compile`."""
+"""Faster training steps: kernels captured once and launched together, and compiled blocks. Argument `--compile`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.algorithms.base import Minibatch, statistics_kept
 from domainbed_hp.registry import UsageError
 
 COMPILE_STEPS = 5000
@@ -21,23 +21,28 @@ COMPILE_STEPS = 5000
 def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int) -> None:
     """Prepare an algorithm on `device` for `steps` updates.
 
-    `auto`: on a GPU, a step whose work is always the same is recorded, and compiled where the run is long enough.
-    `on`: compiled in any case. `off`: as written.
+    `auto`: on a GPU, steps that are all alike are captured, and compiled where the run is long enough. `on`: compiled
+    in any case; `UsageError` where that cannot be. `off`: as written.
     """
     on_gpu = device.type == "cuda"
-    if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS and can_compile()):
-        algorithm.compile_blocks()
-    if choice != "off" and on_gpu and algorithm.alike():
-        algorithm.gradients = Recorded(algorithm)  # type: ignore[method-assign]
+    if choice == "on" and not can_compile(device):
+        needs = "Triton and a C compiler" if on_gpu else "a C++ compiler"
+        raise UsageError(f"--compile on: torch.compile needs {needs} and finds none; pass --compile off")
+    if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS and can_compile(device)):
+        algorithm.compile_parts()
+    if choice != "off" and on_gpu and algorithm.capturable():
+        algorithm.gradients = Captured(algorithm)  # type: ignore[method-assign]
 
 
-def can_compile() -> bool:
-    """Whether torch.compile has what it needs for a GPU: Triton and a C compiler."""
-    compilers = os.environ.get("CC", "cc"), "gcc", "clang"
-    return find_spec("triton") is not None and any(map(shutil.which, compilers))
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs."""
+    if device.type == "cuda":
+        c = os.environ.get("CC", "cc"), "gcc", "clang"
+        return find_spec("triton") is not None and any(map(shutil.which, c))
+    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 
 
-class Recorded:
+class Captured:
     """`algorithm.gradients` as a CUDA graph: a step has a thousand kernels, and starting them one by one takes the
     host longer than running them takes the GPU. Anew for every new shape of the minibatches."""
 
@@ -46,37 +51,41 @@ class Recorded:
         self.shapes: list[Any] = []
 
     def __call__(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
-        shapes = [(x.shape, y.shape) for x, y in minibatches]
-        if shapes != self.shapes:
-            cast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-            # Dropout stays a function of the step; a cast that is kept would not follow its weight.
-            with torch.random.fork_rng(), torch.autocast("cuda", *cast, cache_enabled=False):
-                self.record(minibatches)
-            self.shapes = shapes
-        for ours, theirs in zip(self.inputs, minibatches, strict=True):
-            for to, value in zip(ours, theirs, strict=True):
-                to.copy_(value, non_blocking=True)
-        self.graph.replay()
+        device = minibatches[0][0].device
+        shapes = [(x.shape, x.dtype, y.shape) for x, y in minibatches]
+        with torch.cuda.device(device):
+            if shapes != self.shapes:
+                cast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+                # Dropout stays a function of the step; a cast that is kept would not follow its weight.
+                with torch.random.fork_rng([device]), torch.autocast("cuda", *cast, cache_enabled=False):
+                    self.capture(minibatches)
+                self.shapes = shapes
+            for ours, theirs in zip(self.inputs, minibatches, strict=True):
+                for to, value in zip(ours, theirs, strict=True):
+                    to.copy_(value, non_blocking=True)
+            self.graph.replay()
         for parameter, gradient in self.filled:
             parameter.grad = gradient
         return {name: loss.clone() for name, loss in self.losses.items()}  # the next replay writes over them
 
-    def record(self, minibatches: list[Minibatch]) -> None:
+    def capture(self, minibatches: list[Minibatch]) -> None:
         self.inputs = [(x.clone(), y.clone()) for x, y in minibatches]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # what is compiled, chosen or kept at the first call
-                self.function(self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        now, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        with statistics_kept(self.algorithm):
+            side.wait_stream(now)
+            with torch.cuda.stream(side):
+                for _ in range(2):  # what is compiled, chosen or kept at the first call
+                    self.function(self.inputs)
+            now.wait_stream(side)
         self.algorithm.zero_grad()
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # loaders go on meanwhile
+            # Loaders go on meanwhile: their threads may do what this one must not.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.losses = self.function(self.inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             name = type(self.algorithm).__name__
-            raise UsageError(f"{name}: a step cannot be recorded; pass --compile off ({error})") from error
+            raise UsageError(f"{name}: a step cannot be captured; pass --compile off ({error})") from error
         self.filled = [(p, p.grad) for p in self.algorithm.parameters() if p.grad is not None]

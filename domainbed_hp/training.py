@@ -150,7 +150,7 @@ class Training:
                 metrics = self.algorithm.update(minibatches, unlabeled)
         except torch.cuda.OutOfMemoryError as error:
             parts = "a larger accumulate, " if "accumulate" in self.run.hparams else ""
-            hint = f"try {parts}a smaller batch_size, or --precision bf16"
+            hint = f"try {parts}a smaller batch_size, --precision bf16, or --compile off"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
         # No graph stays, and no memory that a later step writes over: a method may log a parameter.
         return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in metrics.items()}

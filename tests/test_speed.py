@@ -11,7 +11,7 @@ from helpers import batches, images, make
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.head_purification import HeadPurification
 from domainbed_hp.algorithms.lpft import LPFT
-from domainbed_hp.speed import COMPILE_STEPS, Recorded, speed_up
+from domainbed_hp.speed import COMPILE_STEPS, Captured, speed_up
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -65,7 +65,7 @@ def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
 
 def test_a_copy_of_what_is_compiled_computes_with_its_own_weights() -> None:
     original = make("LoRA").eval()  # in evaluation nothing is compiled
-    original.compile_blocks()
+    original.compile_parts()
     copied = copy.deepcopy(original)
     for parameter in copied.tower.blocks.parameters():
         torch.nn.init.zeros_(parameter)
@@ -73,20 +73,20 @@ def test_a_copy_of_what_is_compiled_computes_with_its_own_weights() -> None:
     assert not torch.equal(copied.predict(x), original.predict(x))
 
 
-def test_a_subclass_says_for_itself_that_its_steps_are_alike() -> None:
+def test_a_subclass_says_for_itself_that_its_steps_can_be_captured() -> None:
     class Mine(HeadPurification):
         pass
 
-    assert make("HeadPurification").alike()
-    assert not make("HeadPurification", strategy="alternate").alike()
-    assert not make("HeadPurification", prompt="dpl").alike()  # sends sizes to the device at each step
-    assert not make("LPFT", prompt="random", steps=4).alike()
-    assert "ALIKE" not in vars(Mine) and "ALIKE" not in vars(LPFT)
+    assert make("HeadPurification").capturable()
+    assert not make("HeadPurification", strategy="alternate").capturable()
+    assert not make("HeadPurification", prompt="dpl").capturable()  # sends sizes to the device at each step
+    assert not make("LPFT", prompt="random", steps=4).capturable()
+    assert "CAPTURABLE" not in vars(Mine) and "CAPTURABLE" not in vars(LPFT)
 
 
 @needs_gpu
 @pytest.mark.parametrize(("name", "hparams"), CASES, ids=str)
-def test_recorded_steps(name: str, hparams: dict[str, Any]) -> None:
+def test_captured_steps(name: str, hparams: dict[str, Any]) -> None:
     device = torch.device("cuda")
     prompt = {"prompt": "random"} if name == "LPFT" else {}
     plain, fast = (losses(device, choice, 6, name, **prompt, **hparams) for choice in ("off", "auto"))
@@ -104,11 +104,11 @@ def test_fifty_steps_on_a_gpu(hparams: dict[str, Any], choice: str, bf16: bool) 
 
 
 @needs_gpu
-def test_a_new_shape_is_recorded_anew() -> None:
+def test_a_new_shape_is_captured_anew() -> None:
     device = torch.device("cuda")
     algorithm = make("LoRA").to(device)
     speed_up(algorithm, device, "auto", 1)
-    assert isinstance(algorithm.gradients, Recorded)
+    assert isinstance(algorithm.gradients, Captured)
     for sizes in ((4, 4, 4), (4, 4, 4), (3, 4, 2)):
         algorithm.update([(x.to(device), y.to(device)) for x, y in batches(sizes)])
         assert algorithm.gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]

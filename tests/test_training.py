@@ -465,7 +465,7 @@ def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.
 
     stop_at(1, monkeypatch, full)
     with pytest.raises(
-        UsageError, match="at step 1: try a larger accumulate, a smaller batch_size, or --precision bf16"
+        UsageError, match="at step 1: try a larger accumulate, a smaller batch_size, --precision bf16, or"
     ):
         go(tmp_path / "run", algorithm="LoRA")
     assert "smaller batch_size" in failure(tmp_path / "run")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MethodType
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
-from domainbed_hp.networks.vit import Block
 from domainbed_hp.registry import ALGORITHMS, load
 
 Minibatch = tuple[Tensor, Tensor]
@@ -41,6 +40,10 @@ class Algorithm(nn.Module):
     HPARAMS: ClassVar[dict[str, HParam]] = {
         "batch_size": HParam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "images per environment", at_least=1)
     }
+    CAPTURABLE: ClassVar[bool] = False
+    """`gradients` does the same work at every step, whatever the step and the images, and changes nothing but gradients
+    and batch norms: no branch on a number, none read back. Then a GPU captures it: Python runs it a few times and never
+    again. Not inherited: a subclass that computes something else says so for itself."""
     STEPS: ClassVar[int | None] = None
     """Number of steps that the method needs; None: the data set's. 1 for methods that do not train."""
 
@@ -52,10 +55,6 @@ class Algorithm(nn.Module):
     def hparams_for(cls, dataset: str) -> dict[str, HParam]:
         """The hparams that this method reads; override where defaults depend on the data set."""
         return cls.HPARAMS
-
-    ALIKE: ClassVar[bool] = False
-    """Every step's `gradients` does the same work, whatever the step and the images: no branch on either, no number
-    read back. Then a GPU records it once. Not inherited: a subclass that computes something else says so for itself."""
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
@@ -88,22 +87,19 @@ class Algorithm(nn.Module):
         the optimizer's, where a method has it apart."""
         raise NotImplementedError(f"{type(self).__name__}.gradients")
 
-    def alike(self) -> bool:
-        """`ALIKE` of the class itself, where that does not depend on hparams."""
-        return bool(vars(type(self)).get("ALIKE"))
+    def capturable(self) -> bool:
+        """`CAPTURABLE`, where it depends on hparams."""
+        return says_capturable(self)
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits (B, C) of images x."""
+        """Logits (B, C) of images x. Scored in inference mode: what is kept then cannot be trained through later."""
         raise NotImplementedError(f"{type(self).__name__}.predict")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.predict(x)
 
-    def compile_blocks(self) -> None:
-        """Compile what a step spends its time in: the blocks of CLIP's towers."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                compile_in_training(module, "forward")
+    def compile_parts(self) -> None:
+        """Compile what a step spends its time in, where a method says what that is; see `networks.compiled`."""
 
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
         """Numbers worth a column in every record, from validation images of the training environments."""
@@ -145,17 +141,22 @@ def join(minibatches: list[Minibatch]) -> Minibatch:
     return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
 
 
-def compile_in_training(module: nn.Module, method: str) -> None:
-    """Compile a module's method as it runs in training; in evaluation, whose batches have other shapes, it stays."""
-    torch._dynamo.config.recompile_limit = 64  # layers differ in their ranks, and jobs may share a process
-    torch._functorch.config.donated_buffer = False  # an algorithm may go through a graph twice
-    plain = getattr(type(module), method)
-    fast = torch.compile(plain, dynamic=False)
+def says_capturable(owner: object) -> bool:
+    """`CAPTURABLE` as the class itself has it, its parents aside."""
+    return bool(vars(type(owner)).get("CAPTURABLE"))
 
-    def either(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (fast if self.training else plain)(self, *args, **kwargs)
 
-    setattr(module, method, MethodType(either, module))  # a method: a copy of the module gets its own
+@contextlib.contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norms' statistics are afterwards what they were: for passes that are no step."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def logged(losses: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:

@@ -21,7 +21,7 @@ class CLIPAdapter(ClipAlgorithm):
     """
 
     # DEVIATION: AdamW with a learning rate of ours, where the release has SGD.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = (
         CLIP_HPARAMS
         | ADAMW_HPARAMS

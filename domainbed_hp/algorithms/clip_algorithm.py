@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged, says_capturable
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
+from domainbed_hp.networks.compiled import compile_blocks
 from domainbed_hp.networks.normalise import Normalise
 from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import prompt_class, text_side
@@ -104,8 +105,11 @@ class ClipAlgorithm(Algorithm):
             "source_free": not cls.IMAGE_SIDE_TRAINS and (text.SOURCE_FREE or not text.TRAINS),
         }
 
-    def alike(self) -> bool:
-        return super().alike() and bool(vars(type(self.text)).get("ALIKE"))
+    def capturable(self) -> bool:
+        return super().capturable() and says_capturable(self.text)
+
+    def compile_parts(self) -> None:
+        compile_blocks(self)
 
     def train_with(self, *groups: dict[str, Any]) -> None:
         """AdamW over parameter groups, with the cosine."""

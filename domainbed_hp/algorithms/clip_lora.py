@@ -18,7 +18,7 @@ class CLIPLoRA(ClipAlgorithm):
     """
 
     # DEVIATION: cosine to 0, the release's ends at 1e-6.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
         "prompt": HParam("text_lora", plugins=PROMPTS, help="the text side"),
         "clip_lora_rank": HParam(2, choice(2, 4, 8), "r", at_least=1),

@@ -23,7 +23,7 @@ class CLIPood(FineTuneCLIP):
     by a Beta distribution. Trainable parameters: the image tower; ViT-B/16 86,192,640.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = FineTuneCLIP.HPARAMS | {
         "margin": HParam(0.3, lambda r: r.uniform(0.1, 0.5), "lambda, factor of the text's own cosines", at_least=0),
         "average": HParam("beta", plugins=AVERAGES, help="weights over time that are scored: none, or a name"),

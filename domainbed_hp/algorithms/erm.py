@@ -11,6 +11,7 @@ from torch import Tensor
 
 from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged
 from domainbed_hp.hparams_registry import SMALL_IMAGES, HParam, choice, log_uniform
+from domainbed_hp.networks.compiled import compile_blocks
 from domainbed_hp.networks.featurizer import BACKBONES, classifier, featurizer
 from domainbed_hp.networks.normalise import Normalise
 
@@ -23,7 +24,7 @@ class ERM(Algorithm):
 
     # DEVIATION: DomainBed's resnet18, resnet50_augmix, dinov2 and vit are one hparam, `backbone`; its default is the
     # ResNet-50 of the published tables, IMAGENET1K_V1, where DomainBed has changed to other weights since.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = {
         "backbone": HParam("resnet50", choices=BACKBONES, help="the featurizer"),
         "backbone_weights": HParam("imagenet", help="of a ResNet: imagenet, random, or a file with a state dict"),
@@ -100,6 +101,9 @@ class ERM(Algorithm):
         self.optimizer.zero_grad()
         loss.backward()
         return {"loss": loss.detach()}
+
+    def compile_parts(self) -> None:
+        compile_blocks(self)  # of a CLIP
 
     def predict(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.featurizer(x if self.normalise is None else self.normalise.undo(x)))

@@ -16,7 +16,7 @@ class FineTuneCLIP(ClipAlgorithm):
     Trainable parameters: the image tower; ViT-B/16 86,192,640.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
         "lr": HParam(5e-6, log_uniform(10, -6, -4), "AdamW, cosine to 0", at_least=0),
         "weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), at_least=0),

@@ -25,7 +25,7 @@ class FLYP(FineTuneCLIP):
     """
 
     # DEVIATION: T stays CLIP's, where FLYP trains it; batches are ours, FLYP's have 256 or 512 images.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = FineTuneCLIP.HPARAMS | {
         "prompt": HParam("text_tower", plugins=PROMPTS, help="the text side"),
         "lr": HParam(1e-5, log_uniform(10, -6, -4), "of the image tower: AdamW, cosine to 0", at_least=0),

@@ -12,7 +12,7 @@ class FrozenCLIP(ClipAlgorithm):
     """Only the text side trains, by cross-entropy. Without augmentation image features are computed once."""
 
     # DEVIATION: CoOp and its followers crop and flip; augmentation=crop_flip does, and encodes every batch.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
         "prompt": HParam("coop", plugins=PROMPTS, help="the text side"),
         "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),

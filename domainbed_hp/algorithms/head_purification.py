@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, compile_in_training, join
-from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, sizes
+from domainbed_hp.algorithms.base import Minibatch, join
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, add_gradients, sizes
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.networks.compiled import compile_in_training
 from domainbed_hp.networks.mmd import KERNELS, mmd
 from domainbed_hp.networks.vit import Trace
 from domainbed_hp.prompts.base import unit
@@ -32,7 +33,7 @@ class HeadPurification(ClipAlgorithm):
     Trainable parameters: H r (D + Dh) a projection and H gates a layer; ViT-B/16 with the defaults 718,848 + 144.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = (
         CLIP_HPARAMS
         | ADAMW_HPARAMS
@@ -123,12 +124,12 @@ class HeadPurification(ClipAlgorithm):
         """Cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
         _, use_mmd = self.stage()
         losses = self.losses(minibatches)
+        mmd = losses["mmd"]
 
         # The MMD's gradient goes to the routed parameters alone; one backward() of the sum could not do that.
-        if use_mmd and losses["mmd"].requires_grad:
-            loss = share * self.hparams["mmd_weight"] * losses["mmd"]
-            loss.backward(inputs=self.routed, retain_graph=not self.local)
-        (share * losses["ce"]).backward()
+        if use_mmd and mmd.requires_grad:
+            (share * self.hparams["mmd_weight"] * mmd).backward(inputs=self.routed, retain_graph=not self.local)
+        add_gradients({name: loss for name, loss in losses.items() if name != "mmd"}, share)
         return losses
 
     def step(self) -> None:
@@ -137,8 +138,8 @@ class HeadPurification(ClipAlgorithm):
             parameter.grad = None
         super().step()
 
-    def alike(self) -> bool:
-        return super().alike() and bool(self.hparams["strategy"] == "joint")
+    def capturable(self) -> bool:
+        return super().capturable() and bool(self.hparams["strategy"] == "joint")
 
     @property
     def local(self) -> bool:
@@ -158,8 +159,8 @@ class HeadPurification(ClipAlgorithm):
         first = step % 2 == 0 if strategy == "alternate" else 2 * step < self.hparams["steps"]
         return (self.gates, False) if first else (self.adapters, use_mmd)
 
-    def compile_blocks(self) -> None:
-        super().compile_blocks()
+    def compile_parts(self) -> None:
+        super().compile_parts()
         compile_in_training(self, "discrepancy")  # hundreds of small kernels
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ class LoRA(ClipAlgorithm):
     Trainable parameters: 2 D r a projection; ViT-B/16 with the default ranks 110,592.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | ADAMW_HPARAMS | LORA_HPARAMS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

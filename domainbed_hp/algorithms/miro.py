@@ -35,7 +35,7 @@ class MIRO(ClipAlgorithm):
     # DEVIATION: the first feature is what the first layer sees, where the release has conv1's output. Cosine schedule,
     # where MIRO's learning rate is constant; the linear head has one of its own, prompt_lr, where MIRO's is lr; CLIP's
     # pixels, where the release squashes and normalises as for ImageNet.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
         "prompt": HParam("random", plugins=PROMPTS, help="the text side; random: a linear head, as MIRO's"),
         "augmentation": HParam("domainbed", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),

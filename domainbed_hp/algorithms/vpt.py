@@ -21,7 +21,7 @@ class VPT(ClipAlgorithm):
     """
 
     # DEVIATION: the tokens pass ln_pre and start as N(0, 0.02), as in MaPLe's code; VPT's own start is uniform.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
         "vpt_depth": HParam("deep", choices=("deep", "shallow"), help="shallow: tokens before the first layer alone"),
         "vpt_tokens": HParam(8, choice(4, 8, 16), "n, tokens in a layer", at_least=1),

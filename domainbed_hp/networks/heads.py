@@ -61,7 +61,7 @@ def uniform(width: int, *shape: int) -> Tensor:
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
-    """(H, a, b) -> (H a, H b), in one kernel."""
+    """(H, a, b) -> (H a, H b)."""
     own = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
     return (blocks[:, :, None] * own).flatten(2).flatten(0, 1)  # (H, a, H, b)
 

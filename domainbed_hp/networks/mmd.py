@@ -47,8 +47,7 @@ def pairs(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
 def bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
     """The scale s of the kernel for each pair of domains, from squared distances (..., n, n) -> (..., P), detached.
 
-    `distinct` (P, n, n) says which distances count. multi_gaussian: their
-    mean. median: their median. domainbed: 1.
+    `distinct` (P, n, n) says which distances count. multi_gaussian: their mean. median: their median. domainbed: 1.
     """
     d2 = d2.detach()
     if kernel == "domainbed":

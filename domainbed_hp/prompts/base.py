@@ -40,8 +40,8 @@ class TextSide(nn.Module):
     """`attach` changes the image tower."""
     PER_IMAGE: ClassVar[bool] = False
     """The text features depend on the image."""
-    ALIKE: ClassVar[bool] = False
-    """As `Algorithm.ALIKE`, and not inherited either."""
+    CAPTURABLE: ClassVar[bool] = False
+    """As `Algorithm.CAPTURABLE`, and not inherited either."""
     SOURCE_FREE: ClassVar[bool] = False
     """Trained, but not on images."""
 

@@ -26,7 +26,7 @@ class CoOp(TextSide):
     """
 
     # DEVIATION: no epoch of constant learning rate before the cosine.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = PROMPT_HPARAMS | {"prompt_tokens": HParam(16, choice(4, 8, 16), "M", at_least=1)}
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts,
 class Template(TextSide):
     """One prompt a class, `template` with its name."""
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS
     TRAINS = False
 
@@ -36,7 +36,7 @@ class Template(TextSide):
 class Ensemble(Template):
     """The mean of the text features of many templates, made unit-norm again."""
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = {
         "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates, or its 7")
     }

@@ -24,7 +24,7 @@ class FromText(TextSide):
     Trainable parameters: C E.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = LINEAR_HPARAMS | TEMPLATE_HPARAMS
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ class RandomLinear(TextSide):
     On a frozen tower it is the linear probe. Trainable parameters: C (E + 1).
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = LINEAR_HPARAMS
     TEXT = False
 

@@ -29,7 +29,7 @@ class MaPLe(TextSide):
 
     # DEVIATION: no epoch of constant learning rate before the cosine; each projection draws its own start, where the
     # release copies one to all layers behind the first.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = PROMPT_HPARAMS | {
         "prompt_lr": HParam(3.5e-3, log_uniform(10, -4, -2), "of all prompts: SGD, momentum 0.9, cosine", at_least=0),
         "prompt_tokens": HParam(2, choice(2, 4), "M", at_least=1),

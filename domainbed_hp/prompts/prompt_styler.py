@@ -31,7 +31,7 @@ class PromptStyler(TextOnly):
        the class features. Nothing trains on images.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = {
         "styler_styles": HParam(80, help="K", at_least=1),
         "styler_steps": HParam(100, help="of each style", at_least=0),

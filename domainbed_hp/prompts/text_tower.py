@@ -22,7 +22,7 @@ class TunedTextTower(TextSide):
     """
 
     # DEVIATION: FLYP (Goyal et al., 2023) trains the token embeddings as well.
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS | {
         "prompt_lr": HParam(1e-5, log_uniform(10, -6, -4), "of the text tower: AdamW, cosine to 0", at_least=0),
         "prompt_weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), at_least=0),
@@ -57,7 +57,7 @@ class TextLoRA(TunedTextTower):
     Scaled by alpha / sqrt(r), with dropout. Trainable parameters: 2 W r a projection; ViT-B/16 73,728.
     """
 
-    ALIKE = True
+    CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS | {
         "text_lora_rank": HParam(2, help="r of the text tower", at_least=1),
         "text_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
