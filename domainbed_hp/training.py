@@ -6,8 +6,7 @@ import contextlib
 import math
 import random
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +24,7 @@ from domainbed_hp.datasets.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.prefetch import Workers
 from domainbed_hp.disk import remove_left
 from domainbed_hp.features import cached_features
+from domainbed_hp.logged import Logged
 from domainbed_hp.logs import log_to, print_header, print_row, versions
 from domainbed_hp.models import Recipe, build, save_model
 from domainbed_hp.planning import Plan, RunArgs, plan
@@ -73,17 +73,12 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
 
 
 class Training:
-    """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record.
-
-    What steps log is `unread`, on the device, until a record or a saved state asks for it: the host runs ahead.
-    """
+    """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record."""
 
     def __init__(self, run: Plan, held: Claim, workers: Workers, stop: Stop) -> None:
         self.run, self.held, self.workers, self.stop = run, held, workers, stop
         self.step = -1
-        self.since: dict[str, list[float]] = defaultdict(list)
-        self.unread: list[Metrics] = []
-        self.lap = 0.0
+        self.since = Logged(run.device)
         self.recorded: list[int] = []
         self.best = -math.inf
         self.started, self.seconds_before = time.time(), 0.0
@@ -124,13 +119,13 @@ class Training:
             self.workers.map(unlabeled.__getitem__, todo) if unlabeled else [None] * len(todo),
             strict=True,
         )
-        self.lap = time.perf_counter()
+        self.since.start()
         for step, ours, extra in tqdm(batches, total=run.steps, initial=todo.start, disable=None, unit="step"):
             seed_everything(seed_hash(run.args.seed, "update", step))  # dropout is a function of the step, too
             minibatches = [batch.to(run.device, run.pixels) for batch in ours]
             unlabeled_x = None if extra is None else [batch.to(run.device, run.pixels)[0] for batch in extra]
             with self.cast:
-                self.unread.append(self.update(step, minibatches, unlabeled_x))
+                self.since.add(self.update(step, minibatches, unlabeled_x))
             if self.average is not None:
                 self.average.step()
             self.step = step
@@ -147,29 +142,11 @@ class Training:
         """One step of the algorithm, and what it logs; errors say what to try."""
         try:
             with self.climb(minibatches):
-                metrics = self.algorithm.update(minibatches, unlabeled)
+                return self.algorithm.update(minibatches, unlabeled)
         except torch.cuda.OutOfMemoryError as error:
             parts = "a larger accumulate, " if "accumulate" in self.run.hparams else ""
             hint = f"try {parts}a smaller batch_size, --precision bf16, or --compile off"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
-        # No graph stays, and no memory that a later step writes over: a method may log a parameter.
-        return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in metrics.items()}
-
-    def read(self) -> None:
-        """Move what is `unread` to `since`, and wait for it; then the time since the last one is that of the steps."""
-        if not self.unread:
-            return
-        numbers = read_numbers(self.unread, self.run.device)
-        for step, metrics in enumerate(numbers, start=self.step + 1 - len(numbers)):
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    hint = "try a smaller lr, or --precision fp32"
-                    raise FloatingPointError(f"{name} is {value} at step {step}: {hint}")
-                self.since[name].append(value)
-        now = time.perf_counter()
-        self.since["step_time"] += [(now - self.lap) / len(numbers)] * len(numbers)
-        self.lap = now
-        self.unread.clear()
 
     def due(self) -> bool:
         """Whether the last step is to be recorded and is not."""
@@ -184,12 +161,12 @@ class Training:
 
     def validate(self) -> None:
         """Tell an average that asks for it how the weights that train do; once a record, even one that is stopped."""
-        if self.average is None or not self.average.VALIDATES or "raw_val_loss" in self.since:
+        if self.average is None or not self.average.VALIDATES or "raw_val_loss" in self.since.values:
             return
         with self.stop.at_once(), evaluation(self.algorithm), self.cast:
             scores = self.scores(self.validation_splits())
         loss = validation_loss(scores, self.run.train_envs)
-        self.since["raw_val_loss"].append(loss)
+        self.since.values["raw_val_loss"].append(loss)
         self.average.validated(loss)  # out of `at_once`: no signal leaves it half done
 
     def validation_splits(self) -> list[str]:
@@ -201,11 +178,11 @@ class Training:
 
     def record(self) -> None:
         """Score every split, append the record, save the state."""
-        self.read()
+        self.since.read(self.step)
         self.validate()
         run, step = self.run, self.step
         record: dict[str, Any] = {"step": step, "epoch": step / run.steps_per_epoch}
-        record |= {name: float(np.mean(values)) for name, values in self.since.items()}
+        record |= self.since.means()
         with self.averaged(), self.stop.at_once(), evaluation(self.algorithm), self.cast:
             record |= scored(self.scores(self.scored), run.train_envs)
             record |= self.algorithm.diagnose(self.probe)
@@ -220,7 +197,6 @@ class Training:
         self.keep_models(record)
         self.save_state()  # with `since`: a record that is lost later is written again
         self.since.clear()
-        self.lap = time.perf_counter()
 
     def keep_models(self, record: dict[str, Any]) -> None:
         args, score = self.run.args, validation(record, self.run.train_envs)
@@ -238,8 +214,8 @@ class Training:
     def save_state(self) -> None:
         if self.step < 0:
             return
-        self.read()
-        progress: dict[str, Any] = {"step": self.step, "since": dict(self.since), "best": self.best}
+        self.since.read(self.step)
+        progress: dict[str, Any] = {"step": self.step, "since": dict(self.since.values), "best": self.best}
         progress |= {"elapsed_s": self.elapsed_s(), "average": self.average and self.average.state()}
         self.held.check()
         checkpoint.save(self.run.output_dir, self.algorithm, progress | {"args": records_args(self.run.args)})
@@ -253,19 +229,12 @@ class Training:
         if self.average is not None:
             self.average.load_state(state["average"])
         self.step, self.best, self.seconds_before = state["step"], state["best"], state["elapsed_s"]
-        self.since.update({} if self.step in self.recorded else state["since"])
+        self.since.values.update({} if self.step in self.recorded else state["since"])
         print(f"Resumed after step {self.step}")
 
     def elapsed_s(self) -> float:
         """Wall-clock seconds of the run, over all times that it was resumed."""
         return self.seconds_before + time.time() - self.started
-
-
-def read_numbers(logged: Sequence[Metrics], device: torch.device) -> list[dict[str, float]]:
-    """Plain floats, which a checkpoint can hold; all that lies on the device comes in one transfer."""
-    tensors = [value for metrics in logged for value in metrics.values() if isinstance(value, Tensor)]
-    found = iter(torch.stack([t.to(device, torch.float64).squeeze() for t in tensors]).tolist() if tensors else ())
-    return [{k: next(found) if isinstance(v, Tensor) else float(v) for k, v in each.items()} for each in logged]
 
 
 def find_before(run: Plan) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import torch
 from helpers import photo
 from safetensors.torch import load_file
 
-from domainbed_hp import checkpoint, hparams_registry, planning, records, training
+from domainbed_hp import checkpoint, hparams_registry, logged, planning, records, training
 from domainbed_hp.algorithms import get_algorithm_class
 from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.opened import find_spec, open_dataset
@@ -135,8 +135,8 @@ def test_the_first_bad_step_is_named_although_metrics_are_read_at_records_alone(
 
 def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors and numbers alike, of any kind, on average over the steps since the last record."""
-    read, reads = training.read_numbers, []
-    monkeypatch.setattr(training, "read_numbers", lambda *args: (reads.append(len(args[0])), read(*args))[1])
+    read, reads = logged.read_numbers, []
+    monkeypatch.setattr(logged, "read_numbers", lambda *args: (reads.append(len(args[0])), read(*args))[1])
     whole = go(tmp_path / "run", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
     assert reads == [1, 3, 2]
     update, seen, counter = get_algorithm_class("LoRA").update, [], torch.zeros(())
@@ -164,13 +164,13 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
         later = lambda *a: (clock.__setitem__(0, clock[0] + seconds), before(*a))[1]  # noqa: E731
         monkeypatch.setattr(where, name, later)
 
-    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(logged.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ce": 1.0})
     for name, where, seconds in (
         ("__getitem__", training.EvalLoader, 100.0),
         ("minibatch", planning.TrainSteps, 1.0),
         ("update", get_algorithm_class("LoRA"), 4.0),
-        ("read_numbers", training, 6.0),
+        ("read_numbers", logged, 6.0),
     ):
         takes(name, where, seconds)
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 3, "eval_images": 1}
