@@ -11,6 +11,7 @@ from helpers import batches, images, make
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.head_purification import HeadPurification
 from domainbed_hp.algorithms.lpft import LPFT
+from domainbed_hp.networks.fused import fused_adamw
 from domainbed_hp.speed import COMPILE_STEPS, Captured, speed_up
 
 CPU = torch.device("cpu")
@@ -63,6 +64,7 @@ def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
     assert "forward" not in vars(algorithm.tower.blocks[0]) and "gradients" not in vars(algorithm)
 
 
+@pytest.mark.slow
 def test_a_copy_of_what_is_compiled_computes_with_its_own_weights() -> None:
     original = make("LoRA").eval()  # in evaluation nothing is compiled
     original.compile_parts()
@@ -112,3 +114,11 @@ def test_a_new_shape_is_captured_anew() -> None:
     for sizes in ((4, 4, 4), (4, 4, 4), (3, 4, 2)):
         algorithm.update([(x.to(device), y.to(device)) for x, y in batches(sizes)])
         assert algorithm.gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]
+
+
+def test_a_fused_step_is_seen_by_what_is_kept_while_weights_stay() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer, before = fused_adamw([weight], lr=0.1), weight._version
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert weight._version > before and weight[0] < 1

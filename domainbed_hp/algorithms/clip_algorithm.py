@@ -17,6 +17,7 @@ from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, 
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.compiled import compile_blocks
+from domainbed_hp.networks.fused import fused_adamw
 from domainbed_hp.networks.normalise import Normalise
 from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import prompt_class, text_side
@@ -113,7 +114,7 @@ class ClipAlgorithm(Algorithm):
 
     def train_with(self, *groups: dict[str, Any]) -> None:
         """AdamW over parameter groups, with the cosine."""
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.optimizer = fused_adamw(groups)
         self.schedule = self.cosine(self.optimizer)
 
     def cosine(

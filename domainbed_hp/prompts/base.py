@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
+from domainbed_hp.networks.fused import fused_adamw
 from domainbed_hp.networks.vit import VisionTower
 from domainbed_hp.registry import PROMPTS, UsageError, load
 
@@ -127,8 +128,7 @@ def sgd(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
 
 def adamw(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW by `prompt_lr` and `prompt_weight_decay`."""
-    decay = hparams["prompt_weight_decay"]
-    return torch.optim.AdamW(parameters, hparams["prompt_lr"], weight_decay=decay, fused=True)
+    return fused_adamw(parameters, lr=hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
 
 
 def prompt_class(name: str) -> type[TextSide]:
