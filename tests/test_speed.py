@@ -50,9 +50,8 @@ def losses(device: torch.device, choice: str, steps: int, name: str, bf16: bool 
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("hparams", [{}, {"mmd_reach": "global"}])
-def test_compiled_steps_on_the_cpu(hparams: dict[str, Any]) -> None:
-    plain, fast = (losses(CPU, choice, 50, "HeadPurification", **hparams) for choice in ("off", "on"))
+def test_compiled_steps_on_the_cpu() -> None:
+    plain, fast = (losses(CPU, choice, 50, "HeadPurification", mmd_reach="global") for choice in ("off", "on"))
     assert fast[:5] == pytest.approx(plain[:5], rel=1e-5)
     assert fast == pytest.approx(plain, rel=1e-3)
     assert fast != plain  # it was compiled
