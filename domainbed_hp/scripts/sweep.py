@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eval", choices=CHOICES["eval"], help="fast: score only what selection rules read")
     p.add_argument("--eval_images", type=int, help="score at most so many images of a split")
     p.add_argument("--precision", choices=CHOICES["precision"])
-    p.add_argument("--compile", choices=CHOICES["compile"], help="steps on a GPU; off: nor captured")
+    on_gpu = "auto: on a GPU capture steps, and compile them in long runs; off: neither"
+    p.add_argument("--compile", choices=CHOICES["compile"], help=on_gpu)
     p.add_argument("--device")
     p.add_argument("--loader", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
     p.add_argument("--features", choices=CHOICES["features"], help="of a frozen tower: kept, or not")

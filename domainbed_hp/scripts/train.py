@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keep", default="last", choices=CHOICES["keep"], help="best: also by training-domain validation")
     p.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     p.add_argument("--precision", default="fp32", choices=CHOICES["precision"])
-    p.add_argument("--compile", default="auto", choices=CHOICES["compile"], help="steps on a GPU; off: nor captured")
+    on_gpu = "auto: on a GPU capture steps, and compile them in long runs; off: neither"
+    p.add_argument("--compile", default="auto", choices=CHOICES["compile"], help=on_gpu)
     p.add_argument("--loader", default="batched", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
     p.add_argument("--features", default="cached", choices=CHOICES["features"], help="of a frozen tower: kept, or not")
     p.add_argument("--num_workers", type=int, help="loader threads of the whole run; default: 8 with a GPU, else 0")
