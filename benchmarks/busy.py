@@ -8,6 +8,7 @@ and augmentation cost nothing. `busy`: the share of time in which some kernel ru
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -20,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
-from common import prepare_for, spread, subset, turns
+from common import prepare_for, spread, subset, synchronise, turns
 from tabulate import tabulate
 
 from domainbed_hp.algorithms.base import Minibatch
@@ -35,8 +36,10 @@ CORES = 8
 class Busy:
     """Samples how busy the GPU is, in a thread, while it is entered."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.samples = device, [0]
+
     def __enter__(self) -> "Busy":
-        self.samples: list[int] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.sample)
         self.thread.start()
@@ -44,7 +47,8 @@ class Busy:
 
     def sample(self) -> None:
         while not self.stop.wait(0.1):
-            self.samples.append(torch.cuda.utilization())
+            if self.device.type == "cuda":
+                self.samples.append(torch.cuda.utilization(self.device))
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
@@ -54,13 +58,13 @@ class Busy:
 class Training:
     """HeadPurification on PACS, prepared in `folder`."""
 
-    def __init__(self, folder: str, batch: int, choice: str) -> None:
-        hparams = f'{{"clip_pretrained": "random", "batch_size": {batch}}}'
-        args = RunArgs("not written", folder, "PACS", hparams=hparams, device="cuda", precision="bf16")
+    def __init__(self, folder: str, batch: int, options: argparse.Namespace) -> None:
+        hparams = json.dumps({"clip_model": options.model, "clip_pretrained": "random", "batch_size": batch})
+        args = RunArgs("not written", folder, "PACS", hparams=hparams, device=options.device, precision="bf16")
         prepare_for(args)
         self.run = plan(args)
         self.batches, self.algorithm = self.run.batches(), untrained(self.run.recipe, 0).to(self.run.device)
-        speed_up(self.algorithm, self.run.device, choice, self.run.steps)
+        speed_up(self.algorithm, self.run.device, options.compile, self.run.steps)
         self.there = next(self.loaded(range(1)))
 
     def loaded(self, steps: range) -> Iterator[list[Minibatch]]:
@@ -71,13 +75,14 @@ class Training:
 
     def measure(self, minibatches: Iterable[list[Minibatch]]) -> tuple[float, float]:
         """Seconds that training on them takes, and how busy the GPU is, in percent."""
-        torch.cuda.synchronize()
+        device = self.run.device
+        synchronise(device)
         start = time.perf_counter()
-        with Busy() as busy, torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        with Busy(device) as busy, torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             for each in minibatches:
                 self.algorithm.update(each)
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, statistics.mean(busy.samples or [0])
+            synchronise(device)
+        return time.perf_counter() - start, statistics.median(busy.samples)
 
 
 def main() -> None:
@@ -86,6 +91,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[12, 32], help="images of each environment in a step")
     parser.add_argument("--steps", type=int, default=200, help="of each way a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="ViT-B-16-quickgelu", help="open_clip model name, or mini")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the script")
     parser.add_argument("--compile", default="on", choices=("auto", "on", "off"))
     args = parser.parse_args()
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:CORES]))
@@ -94,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subset(args.data_dir, Path(folder), 0)
         for batch in args.batch:
-            training = Training(folder, batch, args.compile)
+            training = Training(folder, batch, args)
             training.measure([training.there] * 5)
             ways = {
                 "there": lambda _: training.measure([training.there] * args.steps),  # noqa: B023
@@ -104,7 +111,10 @@ def main() -> None:
             (there, _), (loaded, share) = np.array(times["there"]).T, np.array(times["loaded"]).T
             speeds = [f"{3 * batch * args.steps / np.median(each):,.0f}" for each in (there, loaded)]
             rows.append([3 * batch, *speeds, spread(there / loaded), f"{np.median(share):.0f} %"])
-    print(torch.cuda.get_device_name(), f"{CORES} cores, --compile {args.compile}")
+    print(
+        args.device if args.device == "cpu" else torch.cuda.get_device_name(),
+        f"{CORES} cores, --compile {args.compile}",
+    )
     headers = ["images a step", "images/s, there", "images/s, loaded", "ratio", "busy"]
     print(tabulate(rows, headers, disable_numparse=True))
 
