@@ -123,10 +123,10 @@ def test_fifty_steps() -> None:
 
 
 @pytest.mark.slow
-def test_fifty_steps_in_bf16() -> None:
-    fast, plain = both(50, torch.float32, n=2, bf16=True)
+def test_steps_in_bf16() -> None:
+    fast, plain = both(20, torch.float32, n=2, bf16=True)
     torch.testing.assert_close(fast[0], plain[0], rtol=1e-2, atol=1e-3)
-    # Rounding sets the two apart, no more than it sets apart neighbouring batches.
+    # Rounding sets the two apart, by less than neighbouring batches are.
     assert (fast - plain).abs().mean() < 0.25 * (plain[1:] - plain[:-1]).abs().mean()
 
 
