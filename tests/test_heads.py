@@ -10,7 +10,7 @@ from helpers import images, make, randomize
 from torch import nn
 
 from domainbed_hp.networks.clip import load_clip
-from domainbed_hp.networks.heads import HeadAttention, HeadGate, HeadLoRA, OutputHeadLoRA
+from domainbed_hp.networks.heads import GatedProjection, HeadAttention, HeadGate, HeadLoRA, OutputHeadLoRA
 from domainbed_hp.networks.vit import VisionTower
 
 TARGETS = ["".join(t) for n in range(1, 5) for t in combinations("qkvo", n)]
@@ -135,6 +135,17 @@ def test_gates() -> None:
     # by hand: 4 e^3 / (1 + e + e^2 + e^3), and 2 / (1 + e^-3)
     assert softmax()[3].item() == pytest.approx(2.575656)
     assert sigmoid()[3].item() == pytest.approx(1.905148)
+
+
+def test_gradients_of_the_gated_projection() -> None:
+    """Of all its inputs, though nothing here trains W_o under gates."""
+    torch.manual_seed(0)
+    shapes = ((2, 3, 2, 4), (2,), (8, 8), (8,))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(GatedProjection.apply, inputs)
+    heads, gates, weight, bias = (t.detach().float().requires_grad_() for t in inputs)
+    GatedProjection.apply(heads.bfloat16(), gates, weight, bias).sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (heads, gates, weight, bias))
 
 
 def test_hard_gate_keeps_the_best_in_evaluation_and_explores_in_training() -> None:

@@ -163,7 +163,8 @@ class GatedProjection(torch.autograd.Function):
         if for_heads:
             d_heads *= gates[:, None].to(grad.dtype)
         if for_weight:
-            d_weight = grad.flatten(0, 1).T @ (heads * gates[:, None]).flatten(2).flatten(0, 1)
+            gated = (heads * gates[:, None]).to(grad.dtype)
+            d_weight = (grad.flatten(0, 1).T @ gated.flatten(2).flatten(0, 1)).to(weight.dtype)
         if for_bias:
             d_bias = grad.sum((0, 1))
         return d_heads, d_gates, d_weight, d_bias
