@@ -1,18 +1,20 @@
 """Whether the loader keeps up with a GPU: training on images from disk against training on a batch that is there.
 
-    python benchmarks/busy.py DATA_DIR [--steps 200]
+    python benchmarks/busy.py DATA_DIR [--steps 500]
 
-DATA_DIR holds PACS/, prepared first in a temporary folder. HeadPurification on ViT-B/16 with random weights in bf16,
-8 loader threads on 8 cores, crops and flips on the GPU. The two take turns. `ratio` of their speeds: 1 where loading
-and augmentation cost nothing. `busy`: the share of time in which some kernel runs, as the driver counts it (NVML).
+DATA_DIR holds PACS/, of which some images are prepared first in a temporary folder. HeadPurification on ViT-B/16 with
+random weights in bf16, 8 loader threads on 8 cores, crops and flips on the GPU. The two take turns. `ratio` of their
+speeds: 1 where loading and augmentation cost nothing. `busy`: the share of time in which some kernel runs, as the
+driver counts it (nvidia-smi). Each size of batch is a line as soon as it is measured.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
+import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +24,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 from common import prepare_for, spread, subset, synchronise, turns
-from tabulate import tabulate
 
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.datasets.prefetch import Workers
@@ -34,25 +35,23 @@ CORES = 8
 
 
 class Busy:
-    """Samples how busy the GPU is, in a thread, while it is entered."""
+    """Asks the driver five times a second how busy the GPU is, while it is entered; `percent` is the median answer."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.samples = device, [0]
+        self.device, self.percent = device, math.nan
 
     def __enter__(self) -> "Busy":
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.sample)
-        self.thread.start()
+        if self.device.type == "cuda":
+            gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+            ask = f"nvidia-smi -i {gpu} --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 200"
+            self.process = subprocess.Popen(ask.split(), stdout=subprocess.PIPE, text=True)
         return self
 
-    def sample(self) -> None:
-        while not self.stop.wait(0.1):
-            if self.device.type == "cuda":
-                self.samples.append(torch.cuda.utilization(self.device))
-
     def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
+        if self.device.type == "cuda":
+            self.process.terminate()
+            answers = [line for line in self.process.communicate()[0].split() if line.isdigit()]
+            self.percent = statistics.median(map(int, answers)) if answers else math.nan
 
 
 class Training:
@@ -61,7 +60,7 @@ class Training:
     def __init__(self, folder: str, batch: int, options: argparse.Namespace) -> None:
         hparams = json.dumps({"clip_model": options.model, "clip_pretrained": "random", "batch_size": batch})
         args = RunArgs("not written", folder, "PACS", hparams=hparams, device=options.device, precision="bf16")
-        prepare_for(args)
+        prepare_for(args)  # at the second size of batch it is there
         self.run = plan(args)
         self.batches, self.algorithm = self.run.batches(), untrained(self.run.recipe, 0).to(self.run.device)
         speed_up(self.algorithm, self.run.device, options.compile, self.run.steps)
@@ -77,46 +76,50 @@ class Training:
         """Seconds that training on them takes, and how busy the GPU is, in percent."""
         device = self.run.device
         synchronise(device)
-        start = time.perf_counter()
         with Busy(device) as busy, torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            start = time.perf_counter()
             for each in minibatches:
                 self.algorithm.update(each)
             synchronise(device)
-        return time.perf_counter() - start, statistics.median(busy.samples)
+            seconds = time.perf_counter() - start
+        return seconds, busy.percent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--images", type=int, default=500, help="of each environment, 0: all")
     parser.add_argument("--batch", type=int, nargs="+", default=[12, 32], help="images of each environment in a step")
-    parser.add_argument("--steps", type=int, default=200, help="of each way a round")
+    parser.add_argument("--steps", type=int, default=500, help="of each way a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="ViT-B-16-quickgelu", help="open_clip model name, or mini")
     parser.add_argument("--device", default="cuda", help="cpu: to try the script")
-    parser.add_argument("--compile", default="on", choices=("auto", "on", "off"))
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="as `train`")
     args = parser.parse_args()
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:CORES]))
+    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
-    rows = []
+    name = args.device if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, {len(cores)} cores, --compile {args.compile}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        subset(args.data_dir, Path(folder), 0)
+        subset(args.data_dir, Path(folder), args.images)
         for batch in args.batch:
-            training = Training(folder, batch, args)
-            training.measure([training.there] * 5)
-            ways = {
-                "there": lambda _: training.measure([training.there] * args.steps),  # noqa: B023
-                "loaded": lambda r: training.measure(training.loaded(range(r * args.steps, (r + 1) * args.steps))),  # noqa: B023
-            }
-            times = turns(ways, args.rounds)
-            (there, _), (loaded, share) = np.array(times["there"]).T, np.array(times["loaded"]).T
-            speeds = [f"{3 * batch * args.steps / np.median(each):,.0f}" for each in (there, loaded)]
-            rows.append([3 * batch, *speeds, spread(there / loaded), f"{np.median(share):.0f} %"])
-    print(
-        args.device if args.device == "cpu" else torch.cuda.get_device_name(),
-        f"{CORES} cores, --compile {args.compile}",
-    )
-    headers = ["images a step", "images/s, there", "images/s, loaded", "ratio", "busy"]
-    print(tabulate(rows, headers, disable_numparse=True))
+            print(f"{3 * batch} images a step: {compare(folder, batch, args)}", flush=True)
+
+
+def compare(folder: str, batch: int, args: argparse.Namespace) -> str:
+    """The two ways side by side."""
+    training = Training(folder, batch, args)
+    training.measure([training.there] * 5)  # compiles and captures
+    ways = {
+        "there": lambda _: training.measure([training.there] * args.steps),
+        "loaded": lambda r: training.measure(training.loaded(range(r * args.steps, (r + 1) * args.steps))),
+    }
+    times = turns(ways, args.rounds)
+    (there, _), (loaded, busy) = np.array(times["there"]).T, np.array(times["loaded"]).T
+    images = 3 * batch * args.steps
+    speeds = f"{images / np.median(there):,.0f} images/s there, {images / np.median(loaded):,.0f} loaded"
+    return f"{speeds}, ratio {spread(there / loaded)}, busy {np.median(busy):.0f} %"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def timers(clock: Clock, algorithm: type[Algorithm]) -> Iterator[None]:
             (torch.autograd, "backward"),
             (torch.autograd, "grad"),
             (optim.AdamW, "step"),
+            (optim.Adam, "step"),
             (optim.SGD, "step"),
         ],
         "evaluate": [(run, "scores"), (algorithm, "diagnose")],

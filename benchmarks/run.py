@@ -18,7 +18,8 @@ evaluate    scoring every split, its loading included
 write       the record, the state to resume from, the model
 start       opening data and building the model
 
-Timers wait for a GPU at their borders, so that nothing runs ahead on it: `--whole` measures without them.
+Timers wait for a GPU at their borders, so that nothing runs ahead on it and nothing is captured: `--whole` measures
+without them, as `train` runs.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -89,13 +90,13 @@ def main() -> None:
             checkpoint_freq=-(-(steps - 1) // (args.records - 1)),
             device=args.device,
             precision=args.precision,
+            compile="auto" if args.whole else "off",
         )
         start = time.perf_counter()
         prepare_for(batched)
         print(f"prepared in {time.perf_counter() - start:.1f} s")
         runs = {"reference": replace(batched, loader="reference"), "batched": batched}
-        if "eval" in {field.name for field in fields(RunArgs)}:
-            runs["batched, --eval fast"] = replace(batched, eval="fast")
+        runs["batched, --eval fast"] = replace(batched, eval="fast")
         for run in runs.values():
             seconds(replace(run, steps=2, eval_images=2), device, args.whole)
         variants = {name: lambda _, run=run: seconds(run, device, args.whole) for name, run in runs.items()}

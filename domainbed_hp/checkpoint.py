@@ -19,11 +19,10 @@ import torch
 
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.disk import replaced
+from domainbed_hp.jobs import NOT_IDENTITY
 from domainbed_hp.registry import UsageError
 
 FILE_NAME = "checkpoint.pt"
-NOT_THE_RUN = ("output_dir", "data_dir", "device", "num_workers", "features", "compile")
-"""Arguments that may change while a run goes on."""
 STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -49,7 +48,7 @@ def load(run_dir: Path) -> dict[str, Any] | None:
 
 def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) -> None:
     """`UsageError` unless these are the arguments of the run that `run_dir` holds."""
-    keys = [key for key in before | args if key not in NOT_THE_RUN]
+    keys = [key for key in before | args if key not in NOT_IDENTITY]
     if different := [key for key in keys if plain(before.get(key)) != plain(args.get(key))]:
         listed = "; ".join(f"{key}: there {before.get(key)!r}, here {args.get(key)!r}" for key in different)
         raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove it")

@@ -208,7 +208,7 @@ def write(
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     (folder / ABOUT).write_text(json.dumps({"key": key, "sha256": digests}, indent=1) + "\n")
     if run.on_gpu:
-        torch.cuda.reset_peak_memory_stats()  # what records call the memory of the run is not this
+        torch.cuda.reset_peak_memory_stats(run.device)  # what records call the memory of the run is not this
 
 
 def encoded(

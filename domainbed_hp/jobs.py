@@ -23,8 +23,10 @@ TRAIN_MODULE = "domainbed_hp.scripts.train"
 SWEEP_FILE = "sweep.json"
 LAUNCHERS = "launchers"
 """Folder beside it: what each launcher at work claims."""
+WHERE = ("data_dir", "device", "num_workers", "features", "compile")
+"""Arguments that say where and how fast a job runs, and make no other job of it."""
 # DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
-NOT_IDENTITY = ("data_dir", "output_dir", "device", "num_workers", "features")
+NOT_IDENTITY = ("output_dir", *WHERE)
 
 
 def job_name(args: Mapping[str, Any]) -> str:

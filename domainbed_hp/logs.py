@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import domainbed_hp
+from domainbed_hp.machine import cores
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -50,8 +50,8 @@ def hardware(device: torch.device) -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-        return f"{name}, {len(os.sched_getaffinity(0))} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        return f"{name}, {cores()} cores"
+    return f"{platform.processor() or platform.machine()}, {cores()} cores"
 
 
 def print_header(args: dict[str, Any], hparams: dict[str, Any], made_by: dict[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from domainbed_hp.datasets.loader import ReferenceSteps, TrainSteps
 from domainbed_hp.datasets.opened import Dataset, find_spec, open_dataset
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.datasets.views import Views
+from domainbed_hp.machine import cores
 from domainbed_hp.models import Recipe
 from domainbed_hp.registry import UsageError
 
@@ -194,4 +194,4 @@ def find_device(name: str | None) -> torch.device:
 
 
 def default_workers(device: torch.device) -> int:
-    return min(WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 0
+    return min(WORKERS, cores()) if device.type == "cuda" else 0

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_hp import registry
-from domainbed_hp.jobs import Job
+from domainbed_hp.jobs import WHERE, Job
 from domainbed_hp.registry import UsageError
 from domainbed_hp.sweep import LAUNCHER_OPTIONS, Row, SweepSpec, options_of
-
-WHERE = ("data_dir", "device", "num_workers", "features")
-"""Settings that make no other job of a job."""
 
 
 def read_sweep_file(path: str | None) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int
     """
     on_gpu = device.type == "cuda"
     if choice == "on" and not can_compile(device):
-        needs = "Triton and a C compiler" if on_gpu else "a C++ compiler"
+        needs = "Triton, a C compiler and Python's headers" if on_gpu else "a C++ compiler"
         raise UsageError(f"--compile on: torch.compile needs {needs} and finds none; pass --compile off")
     if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS and can_compile(device)):
         algorithm.compile_parts()
@@ -36,9 +38,10 @@ def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has what it needs."""
-    if device.type == "cuda":
-        c = os.environ.get("CC", "cc"), "gcc", "clang"
-        return find_spec("triton") is not None and any(map(shutil.which, c))
+    if device.type == "cuda":  # Triton builds its launchers with the first of these that there is
+        c = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists()
+        return find_spec("triton") is not None and headers and any(map(shutil.which, c))
     return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 
 
@@ -81,7 +84,9 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         try:
             # Loaders go on meanwhile: their threads may do what this one must not.
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+            # After a failure the outer one puts the stream back.
+            graph = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
+            with torch.cuda.stream(now), graph:
                 self.losses = self.function(self.inputs)
         except torch.cuda.OutOfMemoryError:
             raise

@@ -104,7 +104,7 @@ class Training:
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
         self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]
         with evaluation(self.algorithm), self.cast:
-            self.algorithm.diagnose(self.probe)  # before training, so that it can fix its scales
+            self.diagnosis()  # before training, so that the method can fix its scales
 
     def go(self) -> None:
         """From the step after `self.step` to the end."""
@@ -176,6 +176,10 @@ class Training:
         run = self.run
         return {name: score(self.algorithm, self.scored[name], run.device, run.pixels) for name in names}
 
+    def diagnosis(self) -> dict[str, float]:
+        """What the method says of validation images, where there are any."""
+        return self.algorithm.diagnose(self.probe) if self.probe else {}
+
     def record(self) -> None:
         """Score every split, append the record, save the state."""
         self.since.read(self.step)
@@ -185,8 +189,8 @@ class Training:
         record |= self.since.means()
         with self.averaged(), self.stop.at_once(), evaluation(self.algorithm), self.cast:
             record |= scored(self.scores(self.scored), run.train_envs)
-            record |= self.algorithm.diagnose(self.probe)
-        record["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else 0.0
+            record |= self.diagnosis()
+        record["mem_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30 if run.on_gpu else 0.0
         record["elapsed_s"] = self.elapsed_s()
         self.held.check()
         self.columns = print_row(record, self.columns)

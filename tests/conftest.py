@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+# Tests and what they start run beside each other, and bit-for-bit comparisons need one order of summation.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -12,14 +15,6 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("DOMAINBED_HP_DATA names no folder with PACS, mini_pacs and domainbed_sweep")
     return Path(folder).resolve()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tests run beside each other on small machines, and bit-for-bit comparisons need one order of summation."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

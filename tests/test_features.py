@@ -73,7 +73,7 @@ def test_other_methods_on_features(
 @pytest.mark.parametrize("prompt", ["random", "coop", "from_text"])
 def test_all_of_shapes_dg(tmp_path: Path, feature_cache: Path, prompt: str) -> None:
     settings: dict[str, Any] = {"hparams": {"prompt": prompt, "batch_size": 12}, "dataset": "ShapesDG", "steps": 50}
-    settings |= {"checkpoint_freq": 25}
+    settings |= {"checkpoint_freq": 25, "eval_images": 100}
     same(*[go(tmp_path / how, tmp_path, features=how, **settings) for how in ("cached", "encode")])
 
 

@@ -482,7 +482,7 @@ def test_killed_at_any_moment(shared_data, tmp_path):
         assert start(trial).wait() == 0
         durations.append(time.monotonic() - began)
     expected, choose, seen = contents(folder), random.Random(0), Counter()
-    for trial in range(20):
+    for trial in range(12):
         child = start(trial)
         time.sleep(choose.uniform(0.1, min(durations)))
         child.send_signal(signal.SIGKILL)
@@ -492,7 +492,7 @@ def test_killed_at_any_moment(shared_data, tmp_path):
         seen["resumed"] += "resumed after" in done.stdout
         assert contents(folder) == expected, f"trial {trial}"
     print(f"undisturbed {min(durations):.1f} s, seen after a kill: {dict(seen)}")
-    assert seen["killed"] >= 12 and seen[".partial"] >= 5 and seen["resumed"] >= 2
+    assert seen["killed"] >= 7 and seen[".partial"] >= 3 and seen["resumed"] >= 1
 
 
 READ_ALL = """
@@ -525,9 +525,9 @@ def peak_bytes(code, data_dir):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_images(shared_data, tmp_path):
     """But for the list of their paths."""
-    once = link_pacs(shared_data, tmp_path / "once")
-    often = link_pacs(shared_data, tmp_path / "often", copies=4)
-    images = 3 * 9991
+    once = link_pacs(shared_data, tmp_path / "once", ("cartoon", "photo"))
+    often = link_pacs(shared_data, tmp_path / "often", ("cartoon", "photo"), copies=4)
+    images = 3 * (2344 + 1670)
     for name, code in (("prepare", PREPARE), ("up to date", PREPARE), ("read", READ_ALL)):
         one, four = peak_bytes(code, once), peak_bytes(code, often)
         grown = (four - one) / images

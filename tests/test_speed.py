@@ -8,11 +8,16 @@ import pytest
 import torch
 from helpers import batches, images, make
 
+from domainbed_hp import speed
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.head_purification import HeadPurification
 from domainbed_hp.algorithms.lpft import LPFT
+from domainbed_hp.averages import holding
 from domainbed_hp.networks.fused import fused_adamw
-from domainbed_hp.speed import COMPILE_STEPS, Captured, speed_up
+from domainbed_hp.registry import UsageError
+from domainbed_hp.scoring import evaluation
+from domainbed_hp.sharpness import SAM
+from domainbed_hp.speed import COMPILE_STEPS, Captured, can_compile, speed_up
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -74,6 +79,22 @@ def test_a_copy_of_what_is_compiled_computes_with_its_own_weights() -> None:
     assert not torch.equal(copied.predict(x), original.predict(x))
 
 
+def test_a_gpu_compiles_only_where_triton_can_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(speed, "find_spec", lambda name: name)
+    monkeypatch.setattr(speed.shutil, "which", lambda name: name == "gcc")
+    monkeypatch.setattr(speed.Path, "exists", lambda path: path.name == "Python.h")
+    monkeypatch.delenv("CC", raising=False)
+    assert can_compile(gpu)
+    monkeypatch.setenv("CC", "broken")
+    assert not can_compile(gpu)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(speed.Path, "exists", lambda path: False)
+    assert not can_compile(gpu)
+    with pytest.raises(UsageError, match="Python's headers"):
+        speed_up(make("LoRA"), gpu, "on", 1)
+
+
 def test_a_subclass_says_for_itself_that_its_steps_can_be_captured() -> None:
     class Mine(HeadPurification):
         pass
@@ -113,6 +134,31 @@ def test_a_new_shape_is_captured_anew() -> None:
     for sizes in ((4, 4, 4), (4, 4, 4), (3, 4, 2)):
         algorithm.update([(x.to(device), y.to(device)) for x, y in batches(sizes)])
         assert algorithm.gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_gpu)], ids=str)
+def test_what_happens_between_steps_is_seen_by_the_next(device: torch.device) -> None:
+    """Scoring, weights on loan, climbs, and going on elsewhere."""
+    found = {}
+    for choice in ("off", "auto"):
+        here, there = (make("HeadPurification", seed, sharpness="sam", lr=0.01).to(device) for seed in (0, 1))
+        for algorithm in (here, there):
+            speed_up(algorithm, device, choice, 1)
+
+        def step(algorithm: Algorithm, i: int) -> float:
+            minibatches = [(x.to(device), y.to(device)) for x, y in batches((2, 2, 2), seed=i)]
+            with SAM(algorithm, algorithm.hparams)(minibatches):
+                return sum(float(value) for value in algorithm.update(minibatches).values())
+
+        found[choice] = [step(here, i) for i in range(2)]
+        trains = [p for p in here.parameters() if p.requires_grad]
+        with holding(trains, [torch.ones_like(p) for p in trains]), evaluation(here):
+            here.predict(images(2).to(device))
+        step(there, 0)
+        there.load_training_state(copy.deepcopy(here.training_state()))
+        found[choice] += [step(here, i) for i in range(2, 4)]
+        assert [step(there, i) for i in range(2, 4)] == pytest.approx(found[choice][2:], rel=1e-4)
+    assert found["auto"] == pytest.approx(found["off"], rel=1e-4)
 
 
 def test_a_fused_step_is_seen_by_what_is_kept_while_weights_stay() -> None:

@@ -145,7 +145,9 @@ def test_lists_and_booleans_in_a_command() -> None:
     assert "--skip_model_save --task " in command
 
 
-@pytest.mark.parametrize("change", [{"data_dir": "elsewhere/"}, {"device": "cuda:1"}, {"output_dir": "moved"}])
+@pytest.mark.parametrize(
+    "change", [{"data_dir": "elsewhere/"}, {"device": "cuda:1"}, {"compile": "off"}, {"output_dir": "moved"}]
+)
 def test_where_a_job_runs_is_not_its_identity(change: dict[str, Any]) -> None:
     assert [j.folder.name for j in jobs_of(**change)] == [j.folder.name for j in jobs_of(data_dir="/data")]
 

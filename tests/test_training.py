@@ -87,6 +87,11 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     assert training.score(algorithm, loader, CPU, pixels).accuracy == records[-1]["env0_out_acc"]
 
 
+def test_without_validation_images_there_is_nothing_to_diagnose(tmp_path: Path) -> None:
+    assert "val_mmd" in go(tmp_path / "some", steps=1, eval_images=2)[0]
+    assert "val_mmd" not in go(tmp_path / "none", steps=1, eval_images=2, holdout_fraction=0.0)[0]
+
+
 def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
     go(tmp_path / "run", hparams=MINI.replace("4", "32"), steps=1)  # Debug28 has 13 training images
 
@@ -107,11 +112,8 @@ def test_domain_adaptation_gives_unlabeled_images(tmp_path: Path, monkeypatch: p
 
 
 def test_random_hparams_are_json_and_bf16_runs(tmp_path: Path) -> None:
-    records = go(tmp_path / "run", hparams_seed=3, hparams='{"clip_model": "mini", "clip_pretrained": "shapes"}',
-                 precision="bf16", steps=2)  # fmt: skip
-    drawn = hparams_registry.random_hparams(
-        "HeadPurification", "Debug28", training.seed_hash(3, 0)
-    ) | {"clip_model": "mini", "clip_pretrained": "shapes"}  # fmt: skip
+    records = go(tmp_path / "run", hparams_seed=3, precision="bf16", steps=1, eval_images=2)
+    drawn = hparams_registry.random_hparams("HeadPurification", "Debug28", training.seed_hash(3, 0)) | json.loads(MINI)
     assert records[0]["hparams"] == drawn
 
 

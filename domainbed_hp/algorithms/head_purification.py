@@ -115,6 +115,7 @@ class HeadPurification(ClipAlgorithm):
             before = layer.before.detach()
             # The adapters sit between that input and the gates: for the gates alone, cut the heads' outputs off too.
             heads = layer.heads if self.hparams["mmd_route"] == "gates" else block.heads(before, 1)
+            # DEVIATION: gates=hard draws its noise anew here, so that this MMD sees another sample than cross-entropy.
             tokens.append(block.attend(before[:, :1], heads)[:, 0])
         z = torch.stack(tokens)
         z = z.to(torch.promote_types(z.dtype, torch.float32))

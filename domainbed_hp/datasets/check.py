@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from domainbed_hp.datasets.folder import build_of, look
 from domainbed_hp.datasets.prefetch import Workers
 from domainbed_hp.datasets.spec import DatasetSpec
+from domainbed_hp.machine import cores
 from domainbed_hp.registry import UsageError
 
 
@@ -75,7 +75,7 @@ def check(spec: DatasetSpec, data_dir: Path, num_workers: int | None = None) -> 
     undecodable: dict[str, str] = {}
     same: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     files = [(domain, path) for domain, images in found.environments.items() for path in images.paths]
-    with Workers(os.cpu_count() or 1 if num_workers is None else num_workers) as workers:
+    with Workers(cores() if num_workers is None else num_workers) as workers:
         results = workers.map(read, (path for _, path in files))
         for (domain, path), (digest, reason) in zip(
             files, tqdm(results, f"check {spec.name}", len(files), unit="image", disable=None), strict=True

@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from domainbed_hp import runs
+from domainbed_hp.machine import cores
 from domainbed_hp.registry import UsageError
 from domainbed_hp.runs import EXIT_TAKEN, State
 
@@ -52,12 +53,6 @@ def at_least_one(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise UsageError(f"{name}: got {value}, expected at least 1")
-
-
-def cores() -> int:
-    """Cores that this process may use, also where a cluster only says so."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(found, int(os.environ.get("SLURM_CPUS_ON_NODE", found)))
 
 
 def environment(parallel: int, **more: str) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Jobs as child processes on this machine, several at a time, the cores shared between them."""
 
-from domainbed_hp.launchers.children import Slot, at_least_one, cores, environment, run_all
+from domainbed_hp.launchers.children import Slot, at_least_one, environment, run_all
 from domainbed_hp.launchers.workers import WorkerSlot
+from domainbed_hp.machine import cores
 
 
 def launch(commands: list[list[str]], max_parallel: int | None = None, jobs_per_process: int = 1) -> list[int]:

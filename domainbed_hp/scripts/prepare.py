@@ -1,11 +1,11 @@
 """Decode and resize every image of a data set once, so that training reads small arrays instead of image files."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from domainbed_hp.machine import cores
 from domainbed_hp.registry import DATASETS, UsageError
 from domainbed_hp.scripts import run
 
@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = find_spec(args.dataset, args.data_dir)
     if args.data_dir is None and spec.build is None and not Path(spec.folder).is_absolute():
         raise UsageError(f"{spec.name} is read from disk: pass --data_dir, the folder that holds {spec.folder}/")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     prepare(
         spec,
         Path(args.data_dir or "."),
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.interpolation,
         encoding=args.encoding,
         on_error=args.on_error,
-        num_workers=cores if args.num_workers is None else args.num_workers,
+        num_workers=cores() if args.num_workers is None else args.num_workers,
     )
     return 0
 

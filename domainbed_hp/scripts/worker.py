@@ -148,7 +148,8 @@ def torch_as_found() -> Iterator[None]:
         cuda = sys.modules["torch"].cuda
         if cuda.is_initialized():
             cuda.empty_cache()
-            cuda.reset_peak_memory_stats()
+            for i in range(cuda.device_count()):
+                cuda.reset_peak_memory_stats(i)
 
 
 if __name__ == "__main__":
