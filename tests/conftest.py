@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,8 @@ import pytest
 
 # Tests and what they start run beside each other, and bit-for-bit comparisons need one order of summation.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts what runs in its background with Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
