@@ -86,7 +86,7 @@ def test_augmented_images_are_encoded_and_scored_ones_are_not(
     same(cached, go(tmp_path / "encode", drawn, features="encode", **settings))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_zero_shot_clip_is_cached(
     drawn: Path, tmp_path: Path, feature_cache: Path, encoded: list[int], precision: str
 ) -> None:

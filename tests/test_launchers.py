@@ -222,6 +222,7 @@ def test_a_worker_that_was_told_to_stop_gets_no_more_jobs(stub: Path) -> None:
     assert (stub / "a" / "pid").read_text() != (stub / "b" / "pid").read_text()
 
 
+@pytest.mark.slow
 def test_workers_beside_each_other(stub: Path, four_cores: None) -> None:
     meet = "import time\nfor _ in range(400):\n if pathlib.Path({other!r}, 'pid').exists(): return 0\n time.sleep(0.05)"
     commands = [job("a", meet.format(other="b") + "\nreturn 1"), job("b", meet.format(other="a") + "\nreturn 1")]
@@ -370,6 +371,7 @@ def test_a_second_interrupt_kills(stub: Path, launcher: Any) -> None:
     assert all(gone(stub / name / "pid") for name in "ab")
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_worker_outlives_its_launcher_by_one_job(stub: Path, launcher: Any) -> None:
     wait = "(folder / 'started').touch()\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)\n"
