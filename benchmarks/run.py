@@ -95,8 +95,11 @@ def main() -> None:
         start = time.perf_counter()
         prepare_for(batched)
         print(f"prepared in {time.perf_counter() - start:.1f} s")
-        runs = {"reference": replace(batched, loader="reference"), "batched": batched}
-        runs["batched, --eval fast"] = replace(batched, eval="fast")
+        runs = {
+            "reference": replace(batched, loader="reference"),
+            "batched": batched,
+            "batched, --eval fast": replace(batched, eval="fast"),
+        }
         for run in runs.values():
             seconds(replace(run, steps=2, eval_images=2), device, args.whole)
         variants = {name: lambda _, run=run: seconds(run, device, args.whole) for name, run in runs.items()}

@@ -84,9 +84,8 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         try:
             # Loaders go on meanwhile: their threads may do what this one must not.
-            # After a failure the outer one puts the stream back.
-            graph = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
-            with torch.cuda.stream(now), graph:
+            capture = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
+            with torch.cuda.stream(now), capture:  # a capture that fails does not put the stream back itself
                 self.losses = self.function(self.inputs)
         except torch.cuda.OutOfMemoryError:
             raise
