@@ -26,10 +26,10 @@ import torch
 from common import prepare_for, spread, subset, synchronise, turns
 
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.datasets.prefetch import Workers
-from domainbed_hp.planning import RunArgs, plan
-from domainbed_hp.speed import speed_up
-from domainbed_hp.training import untrained
+from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.training.cuda_graph import speed_up
+from domainbed_hp.training.loop import untrained
+from domainbed_hp.training.setup import RunArgs, plan
 
 CORES = 8
 

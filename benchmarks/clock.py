@@ -11,10 +11,11 @@ from unittest import mock
 import torch
 from common import synchronise
 
-from domainbed_hp import records, training
+from domainbed_hp import records
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.datasets.loader import Batch
-from domainbed_hp.datasets.prefetch import Workers
+from domainbed_hp.datasets.loading.loader import Batch
+from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.training import loop
 
 PARTS = ("load", "augment", "forward", "backward", "evaluate", "write", "start", "rest")
 UNDIVIDED = ("start", "evaluate")
@@ -71,9 +72,9 @@ class Clock:
 @contextlib.contextmanager
 def timers(clock: Clock, algorithm: type[Algorithm]) -> Iterator[None]:
     """Around all that makes up the parts of a run of `algorithm`."""
-    run, optim = training.Training, torch.optim
+    run, optim = loop.Training, torch.optim
     places: dict[str, list[tuple[Any, str]]] = {
-        "start": [(training, "plan"), (run, "__init__")],
+        "start": [(loop, "plan"), (run, "__init__")],
         "augment": [(Batch, "to")],
         "forward": [(algorithm, "update")],
         "backward": [

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from domainbed_hp.planning import RunArgs, plan
 from domainbed_hp.scripts.prepare import main as prepare
+from domainbed_hp.training.setup import RunArgs, plan
 
 T = TypeVar("T")
 

@@ -25,13 +25,13 @@ from common import number, one_thread, prepare_for, quiet, spread, subset, synch
 from tabulate import tabulate
 
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
-from domainbed_hp.datasets.loader import EvalLoader
-from domainbed_hp.datasets.prefetch import Workers
-from domainbed_hp.features import cached_features
-from domainbed_hp.models import build
-from domainbed_hp.planning import Plan, RunArgs, find_device, plan
-from domainbed_hp.scoring import evaluation, score
-from domainbed_hp.training import seed_everything
+from domainbed_hp.datasets.loading.loader import EvalLoader
+from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.training.evaluation import evaluation, score
+from domainbed_hp.training.feature_cache import cached_features
+from domainbed_hp.training.loop import seed_everything
+from domainbed_hp.training.model_io import build
+from domainbed_hp.training.setup import Plan, RunArgs, find_device, plan
 
 BATCHES = {"cpu": (16, 64), "cuda": (64, 256, 1024)}
 IMAGES = {"cpu": 64, "cuda": 4096}

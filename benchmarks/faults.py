@@ -21,8 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from domainbed_hp.jobs import load_jobs
-from domainbed_hp.runs import DONE, State, state
+from domainbed_hp.run_dir import DONE, State, state
+from domainbed_hp.sweep.jobs import load_jobs
 
 LAUNCH = [
     *("-m", "domainbed_hp.scripts.sweep", "launch", "--skip_confirmation", "--datasets", "ShapesDG"),

@@ -22,12 +22,12 @@ import torch
 from common import spread, subset
 from tabulate import tabulate
 
-from domainbed_hp.datasets.prefetch import Workers
-from domainbed_hp.features import cached_features
-from domainbed_hp.models import build
-from domainbed_hp.planning import Plan, RunArgs, plan
-from domainbed_hp.scoring import EVAL_BATCH, evaluation
-from domainbed_hp.training import seed_everything
+from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation
+from domainbed_hp.training.feature_cache import cached_features
+from domainbed_hp.training.loop import seed_everything
+from domainbed_hp.training.model_io import build
+from domainbed_hp.training.setup import Plan, RunArgs, plan
 
 TEXT_SIDES = ("random", "coop")
 

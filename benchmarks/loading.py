@@ -25,10 +25,10 @@ from torchvision import transforms
 
 from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.folder import FolderImages, read_folder
-from domainbed_hp.datasets.loader import EvalLoader, TrainSteps
-from domainbed_hp.datasets.opened import find_spec, open_dataset
-from domainbed_hp.datasets.views import Decoded, Views
-from domainbed_hp.networks.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from domainbed_hp.datasets.loading.loader import EvalLoader, TrainSteps
+from domainbed_hp.datasets.loading.transforms import Decoded, Views
+from domainbed_hp.datasets.open import find_spec, open_dataset
+from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.seeds import rng
 

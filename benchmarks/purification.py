@@ -15,7 +15,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from domainbed_hp.model_selection import IIDAccuracy
-from domainbed_hp.reports import collected, tables
+from domainbed_hp.reports import load, tables
 
 METHOD, CONTROL = "HeadPurification", "HeadPurification, no MMD"
 
@@ -26,7 +26,7 @@ def mean_err(values: pd.Series) -> str:
 
 
 def main(folder: Path) -> None:
-    found = collected.load(folder)
+    found = load.load(folder)
     frame = found.frame
     chosen = IIDAccuracy.select(frame)
     by_trial = chosen.pivot_table(index="trial_seed", columns="row", values="test_acc", aggfunc="mean")

@@ -12,16 +12,16 @@ import time
 from itertools import cycle
 from pathlib import Path
 
-from domainbed_hp import runs
-from domainbed_hp.jobs import Job, save
-from domainbed_hp.runs import State
-from domainbed_hp.sweep import SweepSpec, described, make_jobs
+from domainbed_hp import run_dir
+from domainbed_hp.run_dir import State
+from domainbed_hp.sweep.jobs import Job, save
+from domainbed_hp.sweep.spec import SweepSpec, described, make_jobs
 
 COMMAND = [sys.executable, "-X", "importtime", "-m", "domainbed_hp.scripts.sweep", "status", "--output_dir"]
 FILES = {
-    State.DONE: (runs.DONE, "done"),
-    State.RUNNING: (runs.HEARTBEAT, json.dumps({"machine": "another", "host": "node", "pid": 1})),
-    State.FAILED: (runs.ERROR, "Traceback (most recent call last):\n" * 40 + "RuntimeError: the reason\n"),
+    State.DONE: (run_dir.DONE, "done"),
+    State.RUNNING: (run_dir.HEARTBEAT, json.dumps({"machine": "another", "host": "node", "pid": 1})),
+    State.FAILED: (run_dir.ERROR, "Traceback (most recent call last):\n" * 40 + "RuntimeError: the reason\n"),
     State.INCOMPLETE: ("out.txt", "Environment:\n"),
 }
 

@@ -32,8 +32,8 @@ from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.hparams_registry import resolve
 from domainbed_hp.networks.clip import clip_pixels
 from domainbed_hp.registry import ALGORITHMS
-from domainbed_hp.speed import speed_up
-from domainbed_hp.training import seed_everything
+from domainbed_hp.training.cuda_graph import speed_up
+from domainbed_hp.training.loop import seed_everything
 
 FORWARD, BASE, FULL = "frozen forward", "LoRA", "FineTuneCLIP"
 VARIANTS: dict[str, dict[str, Any]] = {

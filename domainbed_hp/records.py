@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_hp.disk import replaced
+from domainbed_hp.files import replaced
 
 Record = dict[str, Any]
 

@@ -47,23 +47,23 @@ PROMPTS: dict[str, str] = {
 """The text side of a CLIP algorithm, hparam `prompt`."""
 
 AVERAGES: dict[str, str] = {
-    "sma": "domainbed_hp.averages:SimpleMovingAverage",
-    "beta": "domainbed_hp.averages:BetaMovingAverage",
-    "swad": "domainbed_hp.averages:SWAD",
-    "wise": "domainbed_hp.averages:WiSE",
+    "sma": "domainbed_hp.training.weight_averaging:SimpleMovingAverage",
+    "beta": "domainbed_hp.training.weight_averaging:BetaMovingAverage",
+    "swad": "domainbed_hp.training.weight_averaging:SWAD",
+    "wise": "domainbed_hp.training.weight_averaging:WiSE",
 }
 """Weights over time, hparam `average` of every algorithm."""
 
 SHARPNESS: dict[str, str] = {
-    "sam": "domainbed_hp.sharpness:SAM",
-    "disam": "domainbed_hp.sharpness:DISAM",
+    "sam": "domainbed_hp.training.sharpness:SAM",
+    "disam": "domainbed_hp.training.sharpness:DISAM",
 }
 """What climbs before each step, hparam `sharpness` of every algorithm."""
 
 DATASETS: dict[str, str] = {
     "Debug28": "domainbed_hp.datasets.debug:DEBUG28",
     "Debug224": "domainbed_hp.datasets.debug:DEBUG224",
-    "ShapesDG": "domainbed_hp.datasets.shapes_dg:SHAPES_DG",
+    "ShapesDG": "domainbed_hp.datasets.shapes.shapes_dg:SHAPES_DG",
     "VLCS": "domainbed_hp.datasets.vlcs:VLCS",
     "PACS": "domainbed_hp.datasets.pacs:PACS",
     "OfficeHome": "domainbed_hp.datasets.office_home:OFFICE_HOME",

@@ -25,7 +25,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two images of each class of ShapesDG in three environments, as folder:mine."""
     from PIL import Image
 
-    from domainbed_hp.datasets.shapes_dg import CLASS_NAMES, draw_environment
+    from domainbed_hp.datasets.shapes.shapes_dg import CLASS_NAMES, draw_environment
 
     folder = tmp_path_factory.mktemp("drawn")
     for env in "ACS":

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from domainbed_hp import features, records
-from domainbed_hp.datasets.prefetch import Workers
-from domainbed_hp.models import build
-from domainbed_hp.planning import RunArgs, plan
-from domainbed_hp.scoring import evaluation
-from domainbed_hp.training import train
+from domainbed_hp import records
+from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.training import feature_cache
+from domainbed_hp.training.evaluation import evaluation
+from domainbed_hp.training.loop import train
+from domainbed_hp.training.model_io import build
+from domainbed_hp.training.setup import RunArgs, plan
 
 CLIP = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2}
 IMAGES = 60
@@ -50,5 +51,5 @@ def computed(data: Path, **settings: Any) -> list[Any]:
     run = plan(args(Path("not_written"), data, **settings))
     algorithm = build(run.recipe)
     with evaluation(algorithm), Workers(0) as workers:
-        found = features.cached_features(run, algorithm, 16, workers)
+        found = feature_cache.cached_features(run, algorithm, 16, workers)
     return found or []

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from domainbed_hp.jobs import Job
-from domainbed_hp.reports.collected import Collected, collect
+from domainbed_hp.reports.load import Collected, collect
+from domainbed_hp.sweep.jobs import Job
 
 Record = dict[str, Any]
 

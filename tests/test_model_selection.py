@@ -6,7 +6,7 @@ from made_records import collected, frame
 from restated import random_sweep, record, restated
 
 from domainbed_hp.model_selection import METHODS, IIDAccuracy, LeaveOneOut, Oracle
-from domainbed_hp.reports import plain, report
+from domainbed_hp.reports import report, text_formats
 
 
 def selected(method, records):
@@ -109,4 +109,4 @@ def test_no_rule_reads_the_images_that_are_trained_on(seed):
     ]
     assert sum(map(len, fast)) < sum(map(len, records))
     made, again = (report.make(collected(each)) for each in (records, fast))
-    assert len(made.tables) >= len(METHODS) and plain.to_text(again) == plain.to_text(made)
+    assert len(made.tables) >= len(METHODS) and text_formats.to_text(again) == text_formats.to_text(made)

@@ -9,7 +9,7 @@ from helpers import images, make
 
 from domainbed_hp import registry
 from domainbed_hp.algorithms import get_algorithm_class
-from domainbed_hp.datasets.opened import find_spec
+from domainbed_hp.datasets.open import find_spec
 from domainbed_hp.plugins import import_plugin
 from domainbed_hp.registry import ALGORITHMS, DATASETS, PROMPTS, UsageError
 

@@ -18,7 +18,7 @@ from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.compiled import compile_blocks
 from domainbed_hp.networks.fused import fused_adamw
-from domainbed_hp.networks.normalise import Normalise
+from domainbed_hp.networks.preprocess import Normalise
 from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import prompt_class, text_side
 from domainbed_hp.registry import PROMPTS, UsageError

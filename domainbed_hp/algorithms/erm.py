@@ -13,7 +13,7 @@ from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, 
 from domainbed_hp.hparams_registry import SMALL_IMAGES, HParam, choice, log_uniform
 from domainbed_hp.networks.compiled import compile_blocks
 from domainbed_hp.networks.featurizer import BACKBONES, classifier, featurizer
-from domainbed_hp.networks.normalise import Normalise
+from domainbed_hp.networks.preprocess import Normalise
 
 SMALL_BACKBONE = (*SMALL_IMAGES, "ShapesDG")
 """Data sets that a small CNN learns from scratch, with DomainBed's learning rates and batches for small images."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from domainbed_hp.algorithms.base import Minibatch, Pixels, join
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, sizes, trainable
 from domainbed_hp.hparams_registry import HParam, log_uniform
-from domainbed_hp.networks.normalise import Normalise
+from domainbed_hp.networks.preprocess import Normalise
 from domainbed_hp.networks.vit import Trace
 from domainbed_hp.registry import PROMPTS, UsageError
 

@@ -2,7 +2,7 @@
 
 import shlex
 
-from domainbed_hp.launchers.children import folder_of
+from domainbed_hp.launchers.processes import folder_of
 
 
 def launch(commands: list[list[str]]) -> list[int]:

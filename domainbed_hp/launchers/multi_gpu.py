@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 
-from domainbed_hp.launchers.children import Slot, at_least_one, environment, run_all
+from domainbed_hp.launchers.processes import Slot, at_least_one, environment, run_all
 from domainbed_hp.registry import UsageError
 
 

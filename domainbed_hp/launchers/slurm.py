@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from domainbed_hp import runs
-from domainbed_hp.launchers.children import LOG, Slot, at_least_one, environment, folder_of, report, stopped, taken
+from domainbed_hp import run_dir
+from domainbed_hp.launchers.processes import LOG, Slot, at_least_one, environment, folder_of, report, stopped, taken
 from domainbed_hp.registry import UsageError
-from domainbed_hp.runs import EXIT_TAKEN, State
+from domainbed_hp.run_dir import EXIT_TAKEN, State
 
 MINUTES = 240
 """Time of a job before it queues again, unless the user says otherwise: short ones are let in sooner."""
@@ -212,7 +212,7 @@ def outcome(command: Sequence[str], logs: Path, job: str, last_state: str) -> tu
     if result.paths.result_pickle.exists():
         with contextlib.suppress(Exception):  # what was raised on the node; its log has it
             return result.result(), log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    if runs.state(folder_of(command)) is State.DONE:
+    if run_dir.state(folder_of(command)) is State.DONE:
         return 0, []
     code = 128 + signal.SIGTERM if last_state == "CANCELLED" else 1
     return code, [f"Slurm says {last_state}; its logs: {result.paths.stderr.with_suffix('.*')}"]

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from domainbed_hp.launchers.children import Log, Slot, stopped
+from domainbed_hp.launchers.processes import Log, Slot, stopped
 from domainbed_hp.registry import UsageError
 
 WORKER_MODULE = "domainbed_hp.scripts.worker"

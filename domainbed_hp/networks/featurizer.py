@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from domainbed_hp.networks.normalise import Normalise
+from domainbed_hp.networks.preprocess import Normalise
 from domainbed_hp.registry import UsageError, unknown
 
 RESNETS = ("resnet18", "resnet50")

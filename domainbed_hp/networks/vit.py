@@ -11,7 +11,7 @@ from open_clip.transformer import QuickGELU as StockQuickGELU
 from torch import Tensor, nn
 
 from domainbed_hp.networks.heads import GateKind, HeadAttention
-from domainbed_hp.networks.normalise import Normalise
+from domainbed_hp.networks.preprocess import Normalise
 from domainbed_hp.seeds import rng
 
 LAST_LAYERS = 2

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from domainbed_hp.model_selection import IIDAccuracy, SelectionMethod
-from domainbed_hp.reports.collected import Collected, Run
+from domainbed_hp.reports.load import Collected, Run
 from domainbed_hp.reports.tables import Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

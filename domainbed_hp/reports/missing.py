@@ -15,10 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from domainbed_hp.jobs import Job
 from domainbed_hp.model_selection import LeaveOneOut, SelectionMethod
-from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports.load import Collected
 from domainbed_hp.seeds import seed_hash
+from domainbed_hp.sweep.jobs import Job
 
 Key = tuple[tuple[int, ...], int, int]
 """(test_envs, trial_seed, hparams_seed)."""

@@ -10,7 +10,7 @@ from typing import Any
 from domainbed_hp import registry
 from domainbed_hp.model_selection import METHODS, SelectionMethod
 from domainbed_hp.reports import tables
-from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports.load import Collected
 from domainbed_hp.reports.missing import Missing, describe, find_missing
 from domainbed_hp.reports.published import PublishedTable
 from domainbed_hp.reports.tables import Table

@@ -10,7 +10,7 @@ import pandas as pd
 
 from domainbed_hp import registry
 from domainbed_hp.model_selection import LeaveOneOut, SelectionMethod
-from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports.load import Collected
 from domainbed_hp.reports.missing import Missing
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.runs import EXIT_TAKEN, Taken
+from domainbed_hp.run_dir import EXIT_TAKEN, Taken
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports import collected, latex, plain, published, report, tables
-from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports import latex, load, published, report, tables, text_formats
+from domainbed_hp.reports.load import Collected
 from domainbed_hp.reports.missing import describe, launchable
 from domainbed_hp.reports.report import Report
 from domainbed_hp.scripts import run
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from domainbed_hp.reports.compare import Comparison
 
 FORMATS: dict[str, tuple[str, Callable[[Report], str], str]] = {
-    "text": ("results.txt", plain.to_text, "DomainBed's layout (the default)"),
+    "text": ("results.txt", text_formats.to_text, "DomainBed's layout (the default)"),
     "latex": ("results.tex", latex.to_latex, "a LaTeX document"),
     "latex_fragment": ("results_fragment.tex", latex.to_fragment, "LaTeX for \\input"),
-    "markdown": ("results.md", plain.to_markdown, "Markdown"),
-    "csv": ("results.csv", plain.to_csv, "one line per cell, unrounded"),
-    "json": ("results.json", plain.to_json, "all that is known"),
+    "markdown": ("results.md", text_formats.to_markdown, "Markdown"),
+    "csv": ("results.csv", text_formats.to_csv, "one line per cell, unrounded"),
+    "json": ("results.json", text_formats.to_json, "all that is known"),
 }
 """Flag -> file in --input_dir, format, help."""
 PROVENANCE = "provenance.json"
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    found = collected.load(args.input_dir)
+    found = load.load(args.input_dir)
     if not found.runs:
         raise nothing(args.input_dir)
     made = report.make(found, args.columns)
@@ -117,7 +117,7 @@ def tell(made: Report, written: Path | None) -> None:
 def page(made: Report, found: Collected, title: str, comparisons: Sequence["Comparison"]) -> str:
     from domainbed_hp.model_selection import IIDAccuracy
     from domainbed_hp.reports.figures import all_figures  # matplotlib takes a second
-    from domainbed_hp.reports.page import to_html
+    from domainbed_hp.reports.html import to_html
 
     shown = [table for table in made.tables if table.method is IIDAccuracy]
     return to_html(made, found, title, all_figures(found, shown), comparisons)

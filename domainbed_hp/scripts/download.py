@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from domainbed_hp.datasets.check import check
-    from domainbed_hp.datasets.download import download, given
-    from domainbed_hp.datasets.opened import find_spec
+    from domainbed_hp.datasets.download.check import check
+    from domainbed_hp.datasets.download.download import download, given
+    from domainbed_hp.datasets.open import find_spec
 
     if not args.datasets:
         names = [name for name in DATASETS if find_spec(name).archives]

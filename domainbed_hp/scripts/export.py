@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="your own algorithms")
     args = p.parse_args(argv)
     from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
-    from domainbed_hp.models import load_model
     from domainbed_hp.networks.clip import export_clip, find_clip
     from domainbed_hp.plugins import import_plugin
+    from domainbed_hp.training.model_io import load_model
 
     for module in args.imports:
         import_plugin(module)

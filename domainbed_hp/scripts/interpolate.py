@@ -18,7 +18,7 @@ from tabulate import tabulate
 from domainbed_hp import records
 from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
-from domainbed_hp.runs import DONE, claim
+from domainbed_hp.run_dir import DONE, claim
 from domainbed_hp.scripts import run
 
 KEPT = ("step", "epoch", "image_size", "trainable_params", "protocol")
@@ -53,15 +53,15 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
     """What is measured at every alpha; buffers are those of the trained model at each."""
     import torch
 
-    from domainbed_hp.averages import WiSE, holding
-    from domainbed_hp.datasets.loader import eval_loaders
-    from domainbed_hp.datasets.prefetch import Workers
-    from domainbed_hp.logs import versions
-    from domainbed_hp.models import load_model
-    from domainbed_hp.planning import RunArgs, plan
+    from domainbed_hp.datasets.loading.loader import eval_loaders
+    from domainbed_hp.datasets.loading.prefetch import Workers
     from domainbed_hp.plugins import import_plugin
-    from domainbed_hp.scoring import EVAL_BATCH, evaluation, score, scored
-    from domainbed_hp.training import untrained
+    from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation, score, scored
+    from domainbed_hp.training.loop import untrained
+    from domainbed_hp.training.model_io import load_model
+    from domainbed_hp.training.run_log import versions
+    from domainbed_hp.training.setup import RunArgs, plan
+    from domainbed_hp.training.weight_averaging import WiSE, holding
 
     if unknown := sorted(given.keys() ^ {field.name for field in fields(RunArgs)}):
         raise UsageError(f"{run_dir}: not a run of this version of domainbed_hp; its args differ in {unknown[:3]}")

@@ -11,8 +11,8 @@ import pandas as pd
 from domainbed_hp import registry
 from domainbed_hp.model_selection import METHODS, LeaveOneOut
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports import collected
-from domainbed_hp.reports.collected import Collected
+from domainbed_hp.reports import load
+from domainbed_hp.reports.load import Collected
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.collect_results import nothing
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.top is not None and args.top < 1:
         raise UsageError(f"--top: got {args.top}, expected at least 1")
 
-    found = collected.load(args.input_dir)
+    found = load.load(args.input_dir)
     if not found.runs:
         raise nothing(args.input_dir)
     frame = found.frame

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from domainbed_hp.model_selection import METHODS
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports import collected, report
+from domainbed_hp.reports import load, report
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.collect_results import nothing
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     from domainbed_hp.reports import figures  # after argparse: matplotlib takes a second
 
-    found = collected.load(args.input_dir)
+    found = load.load(args.input_dir)
     if not found.runs:
         raise nothing(args.input_dir)
     tables = [table for table in report.make(found).tables if table.method is SELECTION[args.selection]]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from domainbed_hp.machine import cores
+from domainbed_hp.files import cpu_count
 from domainbed_hp.registry import DATASETS, UsageError
 from domainbed_hp.scripts import run
 
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from domainbed_hp.datasets.opened import find_spec  # after parsing: --help is quick
-    from domainbed_hp.datasets.prepare import prepare
+    from domainbed_hp.datasets.open import find_spec  # after parsing: --help is quick
+    from domainbed_hp.datasets.prepared.prepare import prepare
 
     spec = find_spec(args.dataset, args.data_dir)
     if args.data_dir is None and spec.build is None and not Path(spec.folder).is_absolute():
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.interpolation,
         encoding=args.encoding,
         on_error=args.on_error,
-        num_workers=cores() if args.num_workers is None else args.num_workers,
+        num_workers=cpu_count() if args.num_workers is None else args.num_workers,
     )
     return 0
 

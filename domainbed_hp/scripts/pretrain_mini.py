@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from domainbed_hp.datasets.captioned_world import ANY, STYLES, THINGS, caption, draw_world
-from domainbed_hp.datasets.shapes_dg import CLASS_NAMES, ENVIRONMENTS, build
+from domainbed_hp.datasets.shapes.captioned_world import ANY, STYLES, THINGS, caption, draw_world
+from domainbed_hp.datasets.shapes.shapes_dg import CLASS_NAMES, ENVIRONMENTS, build
 from domainbed_hp.scripts import run
 from domainbed_hp.seeds import rng
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_hp import registry
-from domainbed_hp.checking import check_data, resolve_rows
-from domainbed_hp.jobs import SWEEP_FILE, Job, listed, load_jobs, load_sweep
-from domainbed_hp.progress import Progress, estimate
 from domainbed_hp.registry import UsageError
-from domainbed_hp.runs import EXIT_TAKEN, State, Taken
+from domainbed_hp.run_dir import EXIT_TAKEN, State, Taken
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import parser as train_parser
-from domainbed_hp.settings import read_jobs, spec_from
-from domainbed_hp.sweep import CHOICES, SweepSpec, described, launcher_of, make_jobs
+from domainbed_hp.sweep.config import read_jobs, spec_from
+from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, listed, load_jobs, load_sweep
+from domainbed_hp.sweep.spec import CHOICES, SweepSpec, described, launcher_of, make_jobs
+from domainbed_hp.sweep.status import Progress, estimate
+from domainbed_hp.sweep.validation import check_data, resolve_rows
 
 EPILOG = """\
 `launch` without any flag runs the quickstart: a small table on the CPU, into results/quickstart. It starts what is not

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_hp.registry import ALGORITHMS, DATASETS
-from domainbed_hp.runs import claim
+from domainbed_hp.run_dir import claim
 from domainbed_hp.scripts import run
-from domainbed_hp.sweep import CHOICES
+from domainbed_hp.sweep.spec import CHOICES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,9 +54,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args: dict[str, Any] = vars(parser().parse_args(argv))
     with claim(Path(args["output_dir"])) as held:
-        from domainbed_hp.planning import RunArgs  # after the claim: who comes second is told without loading torch
         from domainbed_hp.plugins import import_plugin
-        from domainbed_hp.training import train
+        from domainbed_hp.training.loop import train
+        from domainbed_hp.training.setup import (
+            RunArgs,  # after the claim: who comes second is told without loading torch
+        )
 
         for module in args["imports"]:
             import_plugin(module)

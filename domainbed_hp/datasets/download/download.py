@@ -1,0 +1,274 @@
+"""Bring a data set: fetch its archives, unpack them beside the target, check what came out, move it into place.
+
+Whatever is not finished lies in two hidden places, `.downloads/<folder>` and `.<folder>.partial`. A run that was
+stopped at any moment leaves these, and the next one goes on from them and removes them.
+"""
+
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from domainbed_hp.datasets.download import fetch
+from domainbed_hp.datasets.download.unpack import unpack, unpacked_size
+from domainbed_hp.datasets.folder import build_of, expected_counts, find_root, listed, look, subfolders
+from domainbed_hp.datasets.spec import Archive, DatasetSpec
+from domainbed_hp.registry import UsageError
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of one data set lie while it comes in."""
+
+    data_dir: Path
+    folder: str
+
+    @property
+    def target(self) -> Path:
+        return self.data_dir / self.folder
+
+    @property
+    def downloads(self) -> Path:
+        """Archives, whole and in part."""
+        return self.data_dir / ".downloads" / self.folder
+
+    @property
+    def partial(self) -> Path:
+        """What was unpacked of them; beside the target, so that a rename brings it there."""
+        return self.data_dir / f".{self.folder}.partial"
+
+    @property
+    def lock(self) -> Path:
+        return self.data_dir / f".{self.folder}.lock"
+
+    @property
+    def digests(self) -> Path:
+        """SHA-256 of the first good download of each archive, as sha256sum writes them."""
+        return self.data_dir / "digests.txt"
+
+
+def download(
+    spec: DatasetSpec,
+    data_dir: Path,
+    mirror: str = "",
+    archives: Mapping[str, Path] | None = None,
+    accept_counts: bool = False,
+) -> None:
+    """Put the images of `spec` to `data_dir/spec.folder`; what is there and complete is left alone.
+
+    mirror: URL of a folder that has the archives under their names; tried first.
+    archives: name -> path of archives fetched by hand; neither moved nor removed.
+    accept_counts: install also what has other numbers of images than any known build.
+    """
+    if not spec.archives:
+        raise UsageError(f"{spec.name} has no archives to download" + (": it is made" if spec.build else ""))
+    places = Places(data_dir.resolve(), spec.folder)
+    with locked(spec, places):
+        try:
+            if not present(spec, places.target, accept_counts):
+                install(spec, places, mirror, archives or {}, accept_counts)
+            clear(places.downloads, (archives or {}).values())
+        except OSError as error:
+            raise UsageError(f"{spec.name}: {error}. Put this right and run again; it goes on from here.") from error
+        finally:
+            shutil.rmtree(places.partial, ignore_errors=True)
+            for folder in (places.downloads, places.downloads.parent):
+                with suppress(OSError):  # in use, by this data set or by another
+                    folder.rmdir()
+
+
+@contextmanager
+def locked(spec: DatasetSpec, places: Places) -> Iterator[None]:
+    """One process at a time; the others wait, and find the data set complete."""
+    lock = FileLock(places.lock)
+    try:
+        places.data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{spec.name}: another process is downloading it, waiting", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise UsageError(f"--data_dir {places.data_dir}: cannot write there: {error}") from error
+    try:
+        yield
+    finally:
+        # Before the release, not after: whoever waits sees that its file is gone, and locks anew.
+        with suppress(OSError):
+            places.lock.unlink()
+        lock.release()
+
+
+def clear(downloads: Path, kept: Collection[Path]) -> None:
+    """Remove what was downloaded, but not what the user passed from there."""
+    passed = [path.resolve() for path in kept]
+    for path in downloads.rglob("*"):
+        if not path.is_dir() and path.resolve() not in passed:
+            with suppress(OSError):
+                path.unlink()
+
+
+def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path]:
+    """Which archive each of `paths` is, by its name; where a single one is expected, it may have any."""
+    names = [archive.name for spec in specs for archive in spec.archives]
+    archives = {}
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"--archive {path}: no such file")
+        if path.name not in names and not len(names) == len(paths) == 1:
+            raise UsageError(f"--archive {path}: no archive has this name. Expected: {', '.join(names)}")
+        archives[path.name if path.name in names else names[0]] = path
+    return archives
+
+
+def present(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
+    """Whether `target` is there and complete; `UsageError` lists what is wrong with it."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        if target.is_symlink():
+            raise UsageError(
+                f"{spec.name}: {target} is a link to {target.readlink()}, where nothing is; expected a folder with the "
+                "data, or nothing. Remove the link. To have the data elsewhere, move them later and then link to them."
+            )
+        return False
+    found = look(spec, target)
+    problems = found.problems or count_problems(spec, found.counts, accept_counts)
+    if problems:
+        raise UsageError(
+            f"{spec.name}: {target} is there, but not as expected:{listed(problems)}\n"
+            "Nothing was changed. Move this folder away to download it anew"
+            + (", or keep it with --accept_counts." if not found.problems else ".")
+        )
+    build = build_of(spec, found.counts)
+    print(f"{spec.name}: complete in {target}" + (f" (the build {build})" if build else "") + ", left alone")
+    return True
+
+
+def count_problems(spec: DatasetSpec, counts: tuple[int, ...], accept_counts: bool) -> list[str]:
+    if build_of(spec, counts) is not None:
+        return []
+    text = f"got {counts} images in {', '.join(spec.domain_folders)}, {expected_counts(spec)}"
+    if accept_counts:
+        print(f"warning: {spec.name}: {text}", file=sys.stderr)
+        return []
+    return [text]
+
+
+def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[str, Path], accept_counts: bool) -> None:
+    """Fetch, unpack, check, and only then move to the target."""
+    print(f"{spec.name}\n  licence: {spec.licence or 'none stated'}\n  please cite: {spec.citation}")
+    print(f"  homepage: {spec.homepage or 'none'}", flush=True)
+    shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed; it takes up space
+    digests = read_digests(places.digests)
+    places.downloads.mkdir(parents=True, exist_ok=True)
+    files = {archive.name: obtain(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
+    unpack_all(spec, places, files, archives.values())
+    advice = f"They are kept in {places.downloads}; remove them to fetch them again"
+    try:
+        root = arranged(spec, places.partial)
+    except UsageError as error:
+        raise UsageError(f"{error}\n{advice}.") from error
+    found = look(spec, root)
+    if problems := found.problems or count_problems(spec, found.counts, accept_counts):
+        raise UsageError(
+            f"{spec.name}: the archives do not hold what was expected:{listed(problems)}\n{advice}"
+            + (", or install what they hold with --accept_counts." if not found.problems else ".")
+        )
+    for archive in spec.archives:
+        if not archive.sha256 and archive.name not in digests:
+            append_digest(places.digests, fetch.digest_of(files[archive.name]), archive.name)
+    if places.target.exists():
+        places.target.rmdir()  # empty; Windows does not rename over it
+    root.rename(places.target)
+    build = build_of(spec, found.counts)
+    print(f"{spec.name}: {sum(found.counts):,} images in {places.target}" + (f" (the build {build})" if build else ""))
+
+
+def obtain(
+    spec: DatasetSpec,
+    archive: Archive,
+    places: Places,
+    mirror: str,
+    archives: Mapping[str, Path],
+    digests: Mapping[str, str],
+) -> Path:
+    """Where `archive` lies: given, put by hand, or from the first source that has it."""
+    digest, hint = archive.sha256, ""
+    if not digest:
+        digest = digests.get(archive.name, "")
+        hint = f" If its source is known to have changed, delete its line in {places.digests}."
+    by_hand = archives.get(archive.name, places.downloads / archive.name)
+    if by_hand.exists():
+        try:
+            fetch.check_content(by_hand, archive)
+        except UsageError as error:
+            raise UsageError(f"{by_hand}: {error}. Fetch it again.") from error
+        if digest and (got := fetch.digest_of(by_hand)) != digest:
+            raise UsageError(f"{by_hand}: its SHA-256 is {got}, expected {digest}.{hint} Otherwise fetch it again.")
+        return by_hand
+    sources = ([f"{mirror.rstrip('/')}/{archive.name}"] if mirror else []) + [*archive.sources]
+    failures = []
+    for source in sources:
+        try:
+            return fetch.fetch(source, archive, places.downloads, digest)
+        except fetch.ERRORS as error:
+            failures.append(f"{source}: {fetch.brief(error)}")
+            print(f"{spec.name}: {failures[-1]}", file=sys.stderr)
+    raise UsageError(
+        f"{spec.name}: {archive.name} could not be had from any source:{listed(failures)}\n"
+        + (f"Its SHA-256 must be {digest}.{hint}\n" if digest else "")
+        + f"Run again later: it goes on where it stopped. Or fetch it by hand and pass --archive PATH/{archive.name}, "
+        f"or put it to {places.downloads / archive.name} (removed from there once it is unpacked)."
+    )
+
+
+def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], kept: Collection[Path]) -> None:
+    """Fill `places.partial`; an archive that is no good is removed, unless it was put there by hand or is in `kept`."""
+    fetch.check_space(places.data_dir, sum(map(unpacked_size, files.values())))
+    places.partial.mkdir()
+    for archive in spec.archives:
+        path = files[archive.name]
+        if not fetch.is_packed(archive):
+            shutil.copyfile(path, places.partial / archive.name)
+            continue
+        try:
+            unpack(path, places.partial)
+        except UsageError:
+            if path not in (*kept, places.downloads / archive.name):
+                path.unlink()
+            raise
+
+
+def arranged(spec: DatasetSpec, folder: Path) -> Path:
+    """The folder in `folder` that holds the environments' folders, and no others."""
+    if spec.arrange is not None:
+        spec.arrange(folder)
+    root = find_root(folder, spec.domain_folders)
+    if root is None:
+        held = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
+        raise UsageError(
+            f"{spec.name}: no folder of the archives holds {', '.join(spec.domain_folders)}. "
+            f"They hold:{listed(held or subfolders(folder))}"
+        )
+    for name in subfolders(root):
+        if name not in spec.domain_folders:
+            shutil.rmtree(root / name)
+    return root
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """Archive name -> SHA-256."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    pairs = [line.split(maxsplit=1) for line in lines]
+    # A line that a full disk cut short does no harm: its archive is taken for new.
+    return {pair[1].lstrip("*"): pair[0].lower() for pair in pairs if len(pair) == 2 and len(pair[0]) == 64}
+
+
+def append_digest(path: Path, digest: str, name: str) -> None:
+    """Appended, for other data sets may come in at the same time; on a line of its own even after one cut short."""
+    cut = path.exists() and not path.read_text().endswith("\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + f"{digest}  {name}\n")

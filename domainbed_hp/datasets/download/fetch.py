@@ -1,0 +1,252 @@
+"""Bring one file from one source, going on where an earlier try stopped.
+
+Drive goes through gdown. HTTP goes through `resume`, because pooch, which names files here, would start over each time.
+Digests are checked before pooch gets a file: what it holds when a run is killed is lost.
+"""
+
+import functools
+import hashlib
+import html
+import re
+import shutil
+import sys
+import time
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Never
+
+import pooch
+import requests
+import urllib3
+from gdown import download as gdown_download
+from gdown.exceptions import DownloadError, FileURLRetrievalError
+from tqdm import tqdm
+
+from domainbed_hp.datasets.download.unpack import kind
+from domainbed_hp.datasets.spec import Archive
+from domainbed_hp.registry import UsageError
+
+RETRIES = 6
+"""Tries in a row that may bring nothing new."""
+BACKOFF_S = 1.0
+"""Wait after the first failure; doubles with each."""
+MAX_WAIT_S = 120.0
+"""Of one wait, also where a server asks for more."""
+TIMEOUT_S = 30.0
+"""For a connection, and between two reads."""
+CHUNK = 2**18
+DRIVE = "gdrive:"
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+RETRIED = (requests.ConnectionError, requests.Timeout)
+ERRORS = (OSError, ValueError, KeyError, DownloadError)
+"""What a source can fail with; of requests and of pooch too."""
+
+
+class Busy(requests.ConnectionError):
+    """The server said to come again; after `wait_s`, where it said when."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
+    """The file of `source`, whole, in `folder`; one of `ERRORS` says why not.
+
+    Its name begins with a hash of the source: what one server sent is no start for another's.
+    """
+    name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{archive.name}"
+    path = folder / name
+    partial = folder / f"{name}.part"
+    bring = from_drive if source.startswith(DRIVE) else resume
+
+    def bring_checked(url: str, to: str, _: object) -> None:
+        bring(url, partial)
+        try:
+            check_content(partial, archive)
+            check_digest(partial, digest)
+        except UsageError:
+            partial.unlink()
+            raise
+        partial.replace(to)
+
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        if path.exists() and digest and digest_of(path) != digest:
+            path.unlink()  # it came when another digest was known, or none
+        pooch.retrieve(source, None, fname=name, path=folder, downloader=bring_checked)
+    finally:
+        if not partial.exists():
+            stamp_of(partial).unlink(missing_ok=True)
+    return path
+
+
+def check_content(path: Path, archive: Archive) -> None:
+    """`UsageError` where something else came than an archive: a quota page, a form, an error page."""
+    with open(path, "rb") as file:
+        start = file.read(2**16)
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|!--|\?xml)", start, re.IGNORECASE):
+        title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.DOTALL | re.IGNORECASE)
+        words = " ".join(html.unescape(title[1]).split())[:200] if title else ""
+        raise UsageError(f"got a web page instead of {archive.name}" + (f", titled {words!r}" if words else ""))
+    if is_packed(archive) and not kind(path):
+        raise UsageError(f"got something that is neither a zip nor a tar instead of {archive.name}")
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """`UsageError` where a file has another SHA-256 than `digest`, if there is one."""
+    if digest and (got := digest_of(path)) != digest:
+        raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
+
+
+def digest_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_packed(archive: Archive) -> bool:
+    return archive.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))
+
+
+def resume(url: str, partial: Path) -> None:
+    """The file at `url`, whole, at `partial`; drops and busy servers are tried again, with growing waits."""
+    failures, furthest = 0, size(partial)
+    with requests.Session() as session:
+        while True:
+            try:
+                return transfer(session, url, partial)
+            except RETRIED as error:
+                if (reached := size(partial)) > furthest:
+                    failures, furthest = 0, reached
+                failures += 1
+                if failures > RETRIES:
+                    raise
+                asked = error.wait_s if isinstance(error, Busy) else 0.0
+                wait_s = min(max(asked, BACKOFF_S * 2 ** (failures - 1)), MAX_WAIT_S)
+                tqdm.write(f"{brief(error)}; trying again in {wait_s:.0f} s", file=sys.stderr)
+                time.sleep(wait_s)
+
+
+def transfer(session: requests.Session, url: str, partial: Path) -> None:
+    """One try at the rest of the file."""
+    stamp = stamp_of(partial)
+    start = size(partial) if stamp.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": stamp.read_text()}
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        if response.status_code in BUSY:
+            raise Busy(f"{response.status_code} {response.reason}", retry_after_s(response))
+        content_range = response.headers.get("Content-Range", "")
+        tag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+        version = modified if tag.startswith("W/") or not tag else tag
+        if start and response.status_code == 416 and content_range == f"bytes */{start}":
+            return  # nothing is missing
+        if response.status_code == 206:
+            known = not start or version in (stamp.read_text(), "")
+            fits = known and content_range.startswith(f"bytes {start}-")
+        else:
+            fits = not start or response.status_code != 416
+        if not fits:
+            partial.unlink(missing_ok=True)
+            raise requests.ConnectionError("the part that is here fits no longer, starting over")
+        response.raise_for_status()
+        if response.status_code != 206:
+            start = 0  # the server knows no ranges, or its file is another by now
+        # A server may send less of the rest than was asked for; the size of the whole stands in Content-Range.
+        ranged = response.status_code == 206
+        whole = content_range.rpartition("/")[2] if ranged else response.headers.get("Content-Length", "")
+        total = int(whole) if whole.isdigit() else None
+        check_space(partial.parent, (total or 0) - start)
+        with open(partial, "ab" if start else "wb") as file:
+            if not start:
+                # Without a strong name for this version nothing says that a rest belongs to this start.
+                stamp.unlink(missing_ok=True)
+                if version:
+                    stamp.write_text(version)
+            with progress(partial, total, start) as bar:
+                # Not iter_content: where a server labels a .tar.gz as gzip-encoded, that would unpack it.
+                try:
+                    for chunk in response.raw.stream(CHUNK, decode_content=False):
+                        file.write(chunk)
+                        file.flush()
+                        bar.update(len(chunk))
+                except urllib3.exceptions.HTTPError as error:
+                    raise requests.ConnectionError(str(error)) from error
+    if total is not None and size(partial) != total:
+        raise requests.ConnectionError(f"got {size(partial):,} of {total:,} bytes")
+
+
+def stamp_of(partial: Path) -> Path:
+    """The file that says of which version of the source's file `partial` is a part."""
+    return partial.with_suffix(".stamp")
+
+
+def from_drive(source: str, partial: Path) -> None:
+    """As `resume`, from Google Drive."""
+    if partial.exists():
+        return  # whole: only then gdown gives it this name
+
+    def parts() -> list[Path]:
+        return [*partial.parent.glob(f"{partial.name}????????.part")]  # gdown's own names
+
+    def report(received: int, total: int | None) -> None:
+        if total and not bar.total:
+            bar.total = total
+            check_space(partial.parent, total - received)
+        bar.update(received - bar.n)
+
+    before = sum(map(size, parts()))
+    bring = functools.partial(
+        gdown_download,
+        id=source.removeprefix(DRIVE),
+        output=str(partial),
+        quiet=True,
+        resume=True,
+        use_cookies=False,
+        retries=RETRIES,
+        timeout=TIMEOUT_S,
+        progress=report,
+    )
+    with progress(partial, None, before) as bar:
+        try:
+            bring()
+        except DownloadError as error:
+            # gdown cannot go on with a part that is whole already, or whose file was replaced; neither is a page of
+            # Drive's nor a lost connection.
+            stuck = before and not isinstance(error, FileURLRetrievalError) and error.__cause__ is None
+            if not stuck or sum(map(size, parts())) > before:
+                raise
+            for part in parts():
+                part.unlink()
+            bring()
+
+
+def progress(partial: Path, total: int | None, start: int) -> "tqdm[Never]":
+    name = partial.name.removesuffix(".part").partition("-")[2]
+    return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def check_space(folder: Path, need: int) -> None:
+    if need > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"{need:,} bytes are to come, {free:,} are free in {folder}")
+
+
+def retry_after_s(response: requests.Response) -> float:
+    """What the server asks for, in seconds or as a date; 0: nothing that can be read."""
+    text = response.headers.get("Retry-After", "")
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def brief(error: BaseException) -> str:
+    """One line of an error."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

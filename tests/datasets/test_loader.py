@@ -1,0 +1,221 @@
+import random
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, ReferenceSteps, TrainSteps, eval_loaders
+from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.transforms import Decoded
+from domainbed_hp.datasets.spec import ArrayImages
+from domainbed_hp.datasets.splits import splits
+from domainbed_hp.registry import UsageError
+
+
+class Pixels(NamedTuple):
+    size: int = 8
+    resize: str = "squash"
+    interpolation: str = "bilinear"
+    augmentation: str = "domainbed"
+
+
+PLAIN = Pixels(augmentation="none")
+CPU = torch.device("cpu")
+
+
+def environment(n, first=0):
+    """Image i is one grey level, first + i, and its label is i % 3."""
+    levels = np.arange(first, first + n, dtype=np.uint8)
+    return Decoded(ArrayImages(np.broadcast_to(levels[:, None, None, None], (n, 8, 8, 3)), np.arange(n) % 3), PLAIN)
+
+
+ENVIRONMENTS = [environment(20), environment(30, 50), environment(6, 100)]
+SPLITS = splits([20, 30, 6], [0], 0, 0.2, 0.5)
+
+
+def steps(pixels=PLAIN, seed=0, **options):
+    return TrainSteps(ENVIRONMENTS, SPLITS, [1, 2], 8, pixels, seed, **options)
+
+
+def decoded(array, labels):
+    return Decoded(ArrayImages(array, labels), PLAIN)
+
+
+def finished(batches):
+    """(x, y) of each batch."""
+    return [batch.to(CPU, Pixels()) for batch in batches]
+
+
+def same(a, b):
+    pairs = zip(finished(a), finished(b), strict=True)
+    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
+
+
+def test_a_step_has_one_minibatch_per_training_environment_of_its_in_split():
+    for env, (x, y, draws) in zip((1, 2), steps()[0], strict=True):
+        assert draws is None
+        assert x.dtype == torch.uint8 and x.shape == (8, 3, 8, 8) and y.dtype == torch.int64
+        indices = (x[:, 0, 0, 0].long() - (0, 50, 100)[env]).tolist()
+        assert set(indices) <= set(SPLITS[env]["in"])
+        assert y.tolist() == [i % 3 for i in indices]
+
+
+def test_steps_are_a_function_of_seed_environment_and_step():
+    first = steps(Pixels())[3]
+    assert same(first, steps(Pixels())[3])
+    assert not same(first, steps(Pixels())[4])
+    assert not same(first, steps(Pixels(), seed=1)[3])
+    # An environment's minibatch does not depend on which others train.
+    alone = TrainSteps(ENVIRONMENTS, SPLITS, [2], 8, Pixels(), 0)[3]
+    assert same(alone, first[1:])
+
+
+def test_environments_steps_and_seeds_draw_apart():
+    twins = [ENVIRONMENTS[0], ENVIRONMENTS[0]]
+    a, b = TrainSteps(twins, [SPLITS[0]] * 2, [0, 1], 8, PLAIN, 0)[0]
+    assert not torch.equal(a.images, b.images)
+    noise = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
+    single = [decoded(noise, np.zeros(1))] * 2
+
+    def augmented(seed, t):
+        return TrainSteps(single, [{"in": [0]}] * 2, [0, 1], 1, Pixels(), seed)[t]
+
+    versions = [x.numpy().tobytes() for seed, t in ((0, 0), (0, 1), (1, 0)) for x, _ in finished(augmented(seed, t))]
+    assert len(set(versions)) == 6
+
+
+def test_every_image_is_drawn_with_replacement():
+    seen = torch.cat([step[1].images[:, 0, 0, 0] for step in (steps()[t] for t in range(20))])
+    assert sorted(set(seen.tolist())) == sorted(100 + i for i in SPLITS[2]["in"])
+    assert len(SPLITS[2]["in"]) == 5 < 8  # fewer than a batch, and it does not hang
+
+
+def test_resuming_gives_the_same_steps():
+    whole, rest = [steps(Pixels())[t] for t in range(6)], [steps(Pixels())[t] for t in range(4, 6)]
+    assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+@pytest.mark.parametrize("kind", [TrainSteps, ReferenceSteps])
+def test_workers_change_nothing(kind):
+    dataset = kind(ENVIRONMENTS, SPLITS, [1, 2], 8, Pixels(), 0)
+    with Workers(2) as workers:
+        there = list(workers.map(dataset.__getitem__, range(6)))
+    assert all(same(dataset[t], there[t]) for t in range(6))
+
+
+def test_images_of_different_sizes_share_a_batch():
+    """Each is augmented as it would be alone with those draws; what pads it never shows."""
+    rng = np.random.default_rng(0)
+
+    class Sizes:
+        labels = np.arange(6)
+
+        def __len__(self):
+            return 6
+
+        def training(self, i):
+            return self.views[i]
+
+        views = [rng.integers(100, 256, (8 + i, 14 - i, 3), np.uint8) for i in range(6)]
+
+    (batch,) = TrainSteps([Sizes()], [{"in": range(6)}], [0], 12, Pixels(), 3)[0]
+    assert batch.images.shape == (12, 13, 14, 3) and len(set(batch.labels.tolist())) > 2
+    for b, i in enumerate(batch.labels.tolist()):
+        top, left, height, width = batch.draws.box[b]
+        assert top + height <= 8 + i and left + width <= 14 - i
+        assert np.array_equal(batch.images[b, : 8 + i, : 14 - i], Sizes.views[i])
+    batch.images[:, 13:] = 0
+    x, _ = batch._replace(draws=batch.draws._replace(colour=None)).to(CPU, Pixels())
+    assert x.shape == (12, 3, 8, 8) and x.min() > 0.35
+
+
+def test_the_reference_loader_draws_the_same_crops():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    smooth = decoded(noise // 64 + 100, np.zeros(20))
+    args = [smooth], [{"in": range(20)}], [0], 16, Pixels(augmentation="crop_flip"), 5
+    (ours,), (theirs,) = finished(TrainSteps(*args)[0]), finished(ReferenceSteps(*args)[0])
+    assert (ours[0] - theirs[0]).abs().max() < 1.1 / 255
+    assert ReferenceSteps(*args)[0][0].images.shape == (16, 3, 8, 8)
+
+
+def test_no_global_generator_is_drawn_from():
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    for number in (0, 1):
+        with Workers(number) as workers:
+            list(workers.map(steps(Pixels()).__getitem__, range(2)))
+            list(EvalLoader(ENVIRONMENTS[0], range(20), 8, workers))
+    assert states() == before
+
+
+def test_class_balanced():
+    images = decoded(np.zeros((100, 8, 8, 3), np.uint8), np.array([0] * 95 + [1] * 5))
+    indices = [{"in": list(range(10, 100)), "out": list(range(10))}]
+    for balanced, low, high in ((True, 420, 580), (False, 20, 100)):
+        batch = TrainSteps([images], indices, [0], 1000, PLAIN, 0, class_balanced=balanced)[0]
+        assert low < int(batch[0].labels.sum()) < high
+
+
+def test_unlabeled_images_are_the_uda_split_not_augmented():
+    ((x, _, draws),) = TrainSteps(ENVIRONMENTS, SPLITS, [0], 8, Pixels(), 0, unlabeled=True)[0]
+    assert draws is None and x.shape == (8, 3, 8, 8) and set(x[:, 0, 0, 0].tolist()) <= set(SPLITS[0]["uda"])
+    assert (x == x[:, :1, :1, :1]).all()
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(UsageError, match="environment 1: none of its 30 images is in split 'uda'; pass --uda_holdout"):
+        TrainSteps(ENVIRONMENTS, SPLITS, [1], 8, PLAIN, 0, unlabeled=True)
+    with pytest.raises(UsageError, match="environment 0: none of its 0 images"):
+        TrainSteps([environment(0)], splits([0], [], 0), [0], 8, PLAIN, 0)
+
+
+def test_scoring_is_in_order_and_never_augmented():
+    loader = EvalLoader(ENVIRONMENTS[1], [5, 3, 9, 0, 7], 2)
+    batches = list(loader)
+    assert [len(batch.labels) for batch in batches] == [2, 2, 1] and len(loader) == 3
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [2, 0, 0, 0, 1]
+    x = torch.cat([batch.images for batch in batches])
+    assert x.dtype == torch.uint8 and x[:, 0, 0, 0].tolist() == [55, 53, 59, 50, 57] and (x == x[:, :1, :1, :1]).all()
+
+
+def test_nothing_is_read_before_the_first_batch_is_asked_for():
+    class Counted(Decoded):
+        reads = 0
+
+        def evaluation(self, i):
+            self.reads += 1
+            return super().evaluation(i)
+
+    views = Counted(ENVIRONMENTS[0].images, PLAIN)
+    batches = iter(EvalLoader(views, range(20), 8))
+    assert views.reads == 0
+    next(batches)
+    assert views.reads == 8
+
+
+def test_every_split_has_a_loader():
+    loaders = eval_loaders(ENVIRONMENTS, SPLITS, 4)
+    assert {name: sum(len(batch.labels) for batch in loader) for name, loader in loaders.items()} == {
+        "env0_in": 8,
+        "env0_out": 4,
+        "env0_uda": 8,
+        "env1_in": 24,
+        "env1_out": 6,
+        "env2_in": 5,
+        "env2_out": 1,
+    }
+
+
+def test_max_images_scores_the_first_of_each_split():
+    loaders = eval_loaders(ENVIRONMENTS, SPLITS, 4, max_images=3)
+    (batch,) = loaders["env0_in"]
+    assert batch.images[:, 0, 0, 0].tolist() == SPLITS[0]["in"][:3]
+    assert sum(len(batch.labels) for batch in loaders["env2_out"]) == 1
+
+
+def test_a_batch_without_draws_is_scaled_to_one():
+    x, y = Batch(torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8), torch.tensor([4])).to(CPU, PLAIN)
+    assert torch.allclose(x, torch.tensor([[[[0, 0.2, 1]]]])) and y.tolist() == [4]
