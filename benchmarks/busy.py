@@ -70,7 +70,7 @@ class Training:
         """The minibatches of these steps, from disk."""
         with Workers(CORES) as workers:
             for ours in workers.map(self.batches.__getitem__, steps):
-                yield [each.to(self.run.device, self.run.pixels) for each in ours]
+                yield [each.to(self.run.device, self.run.preprocess) for each in ours]
 
     def measure(self, minibatches: Iterable[list[Minibatch]]) -> tuple[float, float]:
         """Seconds that training on them takes, and how busy the GPU is, in percent."""

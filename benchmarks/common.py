@@ -34,7 +34,7 @@ def subset(data_dir: Path, folder: Path, images: int) -> None:
 def prepare_for(args: RunArgs) -> None:
     """Prepare what a run reads, as its tower wants it."""
     with quiet():
-        size, resize, interpolation, _ = plan(args).pixels
+        size, resize, interpolation, _ = plan(args).preprocess
         shape = ["--image_size", str(size), "--resize", resize, "--interpolation", interpolation, "--encoding", "raw"]
         prepare(["--data_dir", str(args.data_dir), "--dataset", args.dataset, *shape])
         assert plan(args).dataset.source == "prepared, raw"

@@ -82,7 +82,7 @@ class Scoring:
         synchronise(run.device)
         start = time.perf_counter()
         with evaluation(self.algorithm), self.cast:
-            score(self.algorithm, loader, run.device, run.pixels)
+            score(self.algorithm, loader, run.device, run.preprocess)
         synchronise(run.device)
         assert loader.batch_size == batch, f"batches of {batch} do not fit"
         return time.perf_counter() - start

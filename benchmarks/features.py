@@ -43,7 +43,7 @@ class Variant:
         loading, start = 0.0, time.perf_counter()
         for _ in range(steps):
             begin = time.perf_counter()
-            minibatches = [batch.to(self.run.device, self.run.pixels) for batch in self.batches[self.t]]
+            minibatches = [batch.to(self.run.device, self.run.preprocess) for batch in self.batches[self.t]]
             loading += time.perf_counter() - begin
             self.algorithm.update(minibatches)
             self.t += 1

@@ -23,12 +23,11 @@ from PIL import Image
 from tabulate import tabulate
 from torchvision import transforms
 
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.folder import FolderImages, read_folder
 from domainbed_hp.datasets.loading.loader import EvalLoader, TrainSteps
 from domainbed_hp.datasets.loading.transforms import Decoded, Views
 from domainbed_hp.datasets.open import find_spec, open_dataset
-from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalise, Preprocess
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.seeds import rng
 
@@ -70,8 +69,8 @@ def measure(variants: dict[str, Callable[[int], object]], images: int, rounds: i
 
 def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[str, np.ndarray]:
     """`measure` of the four ways to a batch; all show the same number of images of each environment in turn."""
-    spec, pixels, normalise = find_spec("PACS"), Pixels(224, augmentation=augmentation), Normalise()
-    prepared, (_, files) = open_dataset(spec, folder, pixels), read_folder(spec, folder)
+    spec, preprocess, normalise = find_spec("PACS"), Preprocess(224, augmentation=augmentation), Normalise()
+    prepared, (_, files) = open_dataset(spec, folder, preprocess), read_folder(spec, folder)
     assert prepared.source == "prepared, raw"
     split = [{"in": range(len(env))} for env in files]
     order = [rng("order", i).permutation(len(env)) for i, env in enumerate(files)]
@@ -84,14 +83,14 @@ def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[s
         return x.sub_(normalise.mean).div_(normalise.std)
 
     def ours(environments: Sequence[Views], last: Callable[[torch.Tensor], object] | None) -> Callable[[int], object]:
-        steps = TrainSteps(environments, split, range(4), BATCH, pixels, 0)
+        steps = TrainSteps(environments, split, range(4), BATCH, preprocess, 0)
         scored = [EvalLoader(env, order[i], BATCH) for i, env in enumerate(environments)]
 
         def turn(t: int) -> object:
             batch = (
                 scored[t % 4][t % (len(order[t % 4]) // BATCH)] if augmentation == "none" else steps.minibatch(t % 4, t)
             )
-            return last(batch.to(CPU, pixels)[0]) if last else batch
+            return last(batch.to(CPU, preprocess)[0]) if last else batch
 
         return turn
 
@@ -99,7 +98,7 @@ def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[s
         "pillow": theirs,
         "prepared": ours(prepared.environments, in_place),
         "prepared, copy": ours(prepared.environments, normalise),
-        "files": ours([Decoded(env, pixels) for env in files], in_place),
+        "files": ours([Decoded(env, preprocess) for env in files], in_place),
         "prepared, host alone": ours(prepared.environments, None),
     }
     return measure(variants, images, rounds)

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.hparams_registry import resolve
-from domainbed_hp.networks.clip import clip_pixels
+from domainbed_hp.networks.clip import find_clip
 from domainbed_hp.registry import ALGORITHMS
 from domainbed_hp.training.cuda_graph import speed_up
 from domainbed_hp.training.loop import seed_everything
@@ -59,7 +59,7 @@ class Variant:
         self.cast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False)
         hparams = resolve(algorithm, "PACS", 0, 0, options) | {"class_names": list(CLASSES), "steps": 10**6}
         seed_everything(0)
-        size = clip_pixels(args.model, "random").size
+        size = find_clip(args.model, "random").preprocess.size
         built = get_algorithm_class(algorithm)((3, size, size), len(CLASSES), 3, hparams)
         self.algorithm: Algorithm = built.to(self.device)
         speed_up(self.algorithm, self.device, choice, steps=0)

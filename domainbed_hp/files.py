@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which then takes the place of `path`, in one step and for good."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # `remove_left` knows them by this
     try:
@@ -25,14 +25,14 @@ def replaced(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """The user's own, or $DOMAINBED_HP_CACHE."""
     import pooch
 
     return Path(os.environ.get("DOMAINBED_HP_CACHE") or pooch.os_cache("domainbed_hp"))
 
 
-def remove_left(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder where nobody else writes."""
     for path in folder.glob("*.[0-9]*.tmp"):
         path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_hp.registry import ALGORITHMS, AVERAGES, SHARPNESS, UsageError, load, unknown
+from domainbed_hp.registry import ALGORITHMS, SHARPNESS, WEIGHT_AVERAGES, UsageError, load, unknown_name
 from domainbed_hp.seeds import seed_hash
 
 SMALL_IMAGES = ("Debug28",)
@@ -69,7 +69,7 @@ def choice(*values: Any) -> Callable[[np.random.RandomState], Any]:
 
 
 TRAINING_HPARAMS = {
-    "average": HParam("none", plugins=AVERAGES, help="weights over time that are scored: none, or a name"),
+    "average": HParam("none", plugins=WEIGHT_AVERAGES, help="weights over time that are scored: none, or a name"),
     "sharpness": HParam("none", plugins=SHARPNESS, help="climb before each step: none, or a name"),
 }
 """What the harness does for every algorithm."""
@@ -119,7 +119,7 @@ def resolve(
     for name, value in overrides.items():
         # DEVIATION: DomainBed takes any name and any type, and trains with the default.
         if name not in table:
-            raise UsageError(f"{unknown(f'hparam of {algorithm}', name, table)}{comes_with(name, table)}")
+            raise UsageError(f"{unknown_name(f'hparam of {algorithm}', name, table)}{comes_with(name, table)}")
         hparams[name] = table[name].check(name, value)
     for plugin in chosen(table, hparams).values():
         plugin.validate(hparams)
@@ -130,7 +130,7 @@ def resolve(
 def check_validation(hparams: Mapping[str, Any], images: bool) -> None:
     """`UsageError` where the average of weights looks at validation images and there are none."""
     average = hparams.get("average", "none")
-    if average != "none" and not images and load(AVERAGES, "average", average).VALIDATES:
+    if average != "none" and not images and load(WEIGHT_AVERAGES, "average", average).VALIDATES:
         raise UsageError(f"average={average} needs validation images: --holdout_fraction above 0")
 
 

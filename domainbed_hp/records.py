@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from domainbed_hp.files import replaced
+from domainbed_hp.files import replace_atomically
 
 Record = dict[str, Any]
 
@@ -55,7 +55,7 @@ def truncate(run_dir: str | Path, step: int) -> list[int]:
     if not path.exists():
         return []
     stay = [record for record in load_run(path) if record["step"] <= step]
-    with replaced(path) as temporary:
+    with replace_atomically(path) as temporary:
         temporary.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in stay))
     return [record["step"] for record in stay]
 

@@ -46,7 +46,7 @@ PROMPTS: dict[str, str] = {
 }
 """The text side of a CLIP algorithm, hparam `prompt`."""
 
-AVERAGES: dict[str, str] = {
+WEIGHT_AVERAGES: dict[str, str] = {
     "sma": "domainbed_hp.training.weight_averaging:SimpleMovingAverage",
     "beta": "domainbed_hp.training.weight_averaging:BetaMovingAverage",
     "swad": "domainbed_hp.training.weight_averaging:SWAD",
@@ -79,7 +79,7 @@ LAUNCHERS: dict[str, str] = {
 }
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that nobody knows: what was got, the nearest match, what is known."""
     known = list(known)
     folded = {k.lower(): k for k in known}
@@ -97,6 +97,6 @@ def load(table: dict[str, str], kind: str, name: str) -> Any:
         for point in entry_points(group=f"domainbed_hp.{kind.removesuffix('s')}s"):
             table.setdefault(point.name, point.value)
     if name not in table:
-        raise unknown(kind, name, table)
+        raise unknown_name(kind, name, table)
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)

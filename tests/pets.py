@@ -34,7 +34,7 @@ FILES = {
 }
 
 
-def pixels(size: int = 20, resize: str = "crop", interpolation: str = "bicubic") -> SimpleNamespace:
+def preprocess(size: int = 20, resize: str = "crop", interpolation: str = "bicubic") -> SimpleNamespace:
     return SimpleNamespace(size=size, resize=resize, interpolation=interpolation, augmentation="none")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from domainbed_hp import records, run_dir
-from domainbed_hp.files import replaced
+from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 from domainbed_hp.training.loop import train
 from domainbed_hp.training.setup import RunArgs
@@ -19,7 +19,7 @@ MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for text in ("first", "second"):
-        with replaced(path) as temporary:
+        with replace_atomically(path) as temporary:
             assert temporary.parent == tmp_path and temporary != path
             temporary.write_text(text)
         assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
@@ -28,7 +28,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with pytest.raises(KeyboardInterrupt), replaced(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), replace_atomically(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
@@ -36,7 +36,7 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
 
 def test_what_a_killed_run_left_of_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
     (tmp_path / "my.tmp").touch()
-    with replaced(tmp_path / "checkpoint.pt") as temporary:
+    with replace_atomically(tmp_path / "checkpoint.pt") as temporary:
         temporary.touch()
         os.link(temporary, tmp_path / temporary.name.replace(str(os.getpid()), "12"))
     (tmp_path / "checkpoint.pt").unlink()

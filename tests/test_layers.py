@@ -23,7 +23,7 @@ BELOW = {
     "algorithms": {"prompts", "networks", "hparams_registry"},
     "prompts": {"networks", "hparams_registry"},
     "networks": {"keep"},
-    "datasets": {"files"},
+    "datasets": {"files", "networks.preprocess"},
     "records": {"files"},
     "run_dir": set(),
     "model_selection": set(),
@@ -89,8 +89,8 @@ def test_no_torch_before_it_is_needed(module: str) -> None:
 
 
 def test_every_name_of_the_registry_exists() -> None:
-    from domainbed_hp.registry import ALGORITHMS, AVERAGES, DATASETS, LAUNCHERS, PROMPTS, SHARPNESS, load
+    from domainbed_hp.registry import ALGORITHMS, DATASETS, LAUNCHERS, PROMPTS, SHARPNESS, WEIGHT_AVERAGES, load
 
-    for table in (ALGORITHMS, PROMPTS, AVERAGES, SHARPNESS, DATASETS, LAUNCHERS):
+    for table in (ALGORITHMS, PROMPTS, WEIGHT_AVERAGES, SHARPNESS, DATASETS, LAUNCHERS):
         for name in table:
             assert load(table, "name", name) is not None

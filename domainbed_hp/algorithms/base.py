@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import ALGORITHMS, load
 
 Minibatch = tuple[Tensor, Tensor]
@@ -17,17 +18,6 @@ Minibatch = tuple[Tensor, Tensor]
 
 Metrics = Mapping[str, float | Tensor]
 """What a step logs. Detached tensors of one number stay on their device until a record reads them: no step waits."""
-
-
-class Pixels(NamedTuple):
-    """How a method wants its images: the side of x, how an image becomes square, and the training augmentation."""
-
-    size: int
-    resize: Literal["crop", "squash"] = "squash"
-    """`crop`: short side to `size`, then centre crop (CLIP). `squash`: both sides to `size` (DomainBed)."""
-    interpolation: Literal["bicubic", "bilinear"] = "bilinear"
-    augmentation: Literal["crop_flip", "domainbed", "none"] = "domainbed"
-    """`crop_flip`: RandomResizedCrop(0.7, 1) and flip. `domainbed`: these, colour jitter 0.3 and 10 % grey."""
 
 
 class Algorithm(nn.Module):
@@ -61,9 +51,9 @@ class Algorithm(nn.Module):
         """`UsageError` for hparams that do not go together, before anything is built."""
 
     @classmethod
-    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
         """The images that this method wants, known without building it; `image_size` is the data set's own."""
-        return Pixels(image_size)
+        return Preprocess(image_size)
 
     @classmethod
     def frozen(cls, hparams: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged, says_capturable
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Preprocess, join, logged, says_capturable
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.compiled import compile_blocks
@@ -78,10 +78,10 @@ class ClipAlgorithm(Algorithm):
         self.steps_done = 0  # no buffer: to read one, a step would wait for the device
 
     @classmethod
-    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
         """The tower's own size and interpolation, short side and centre crop."""
         source = find_clip(hparams["clip_model"], hparams["clip_pretrained"])
-        return Pixels(*source.pixels, augmentation=hparams["augmentation"])
+        return source.preprocess._replace(augmentation=hparams["augmentation"])
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:

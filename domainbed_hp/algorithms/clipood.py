@@ -13,7 +13,7 @@ from domainbed_hp.algorithms.clip_algorithm import sizes
 from domainbed_hp.algorithms.fine_tune_clip import FineTuneCLIP
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.prompts.base import prompt_class, similarity, unit
-from domainbed_hp.registry import AVERAGES, UsageError
+from domainbed_hp.registry import WEIGHT_AVERAGES, UsageError
 
 
 class CLIPood(FineTuneCLIP):
@@ -26,7 +26,7 @@ class CLIPood(FineTuneCLIP):
     CAPTURABLE = True
     HPARAMS = FineTuneCLIP.HPARAMS | {
         "margin": HParam(0.3, lambda r: r.uniform(0.1, 0.5), "lambda, factor of the text's own cosines", at_least=0),
-        "average": HParam("beta", plugins=AVERAGES, help="weights over time that are scored: none, or a name"),
+        "average": HParam("beta", plugins=WEIGHT_AVERAGES, help="weights over time that are scored: none, or a name"),
     }
 
     @classmethod

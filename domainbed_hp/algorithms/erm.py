@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Pixels, join, logged
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, Preprocess, join, logged
 from domainbed_hp.hparams_registry import SMALL_IMAGES, HParam, choice, log_uniform
 from domainbed_hp.networks.compiled import compile_blocks
 from domainbed_hp.networks.featurizer import BACKBONES, classifier, featurizer
@@ -71,17 +71,17 @@ class ERM(Algorithm):
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
-        cls.pixels(hparams, 224)  # which refuses a CLIP that is not there
+        cls.preprocess(hparams, 224)  # which refuses a CLIP that is not there
 
     @classmethod
-    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
         augmentation: Literal["domainbed", "none"] = "domainbed" if hparams["data_augmentation"] else "none"
         if hparams["backbone"] == "clip":
-            from domainbed_hp.networks.clip import clip_pixels
+            from domainbed_hp.networks.clip import find_clip
 
-            tower = clip_pixels(hparams["clip_model"], hparams["clip_pretrained"])
-            return Pixels(tower.size, tower.resize, tower.interpolation, augmentation)
-        return Pixels(image_size, "squash", "bilinear", augmentation)
+            tower = find_clip(hparams["clip_model"], hparams["clip_pretrained"]).preprocess
+            return tower._replace(augmentation=augmentation)
+        return Preprocess(image_size, "squash", "bilinear", augmentation)
 
     @classmethod
     def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:

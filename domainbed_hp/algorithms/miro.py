@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, Pixels, join
+from domainbed_hp.algorithms.base import Minibatch, Preprocess, join
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, sizes, trainable
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.preprocess import Normalise
@@ -66,9 +66,13 @@ class MIRO(ClipAlgorithm):
         )
 
     @classmethod
-    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
-        pixels = super().pixels(hparams, image_size)
-        return pixels._replace(resize="squash", interpolation="bilinear") if hparams["miro_released_pixels"] else pixels
+    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
+        preprocess = super().preprocess(hparams, image_size)
+        return (
+            preprocess._replace(resize="squash", interpolation="bilinear")
+            if hparams["miro_released_pixels"]
+            else preprocess
+        )
 
     def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         """Cross-entropy and the weighted penalty."""

@@ -1,13 +1,19 @@
 """Opening a data set: what its spec promises, prepared, found on disk, or made."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from domainbed_hp.datasets.folder import read_folder, subfolders
-from domainbed_hp.datasets.loading.transforms import Decoded, Pixels, Views
+from domainbed_hp.datasets.loading.transforms import Decoded, Views
 from domainbed_hp.datasets.prepared.reader import open_prepared
 from domainbed_hp.datasets.spec import DatasetSpec
 from domainbed_hp.registry import DATASETS, UsageError, load
+
+if TYPE_CHECKING:
+    from domainbed_hp.networks.preprocess import Preprocess
 
 FOLDER = "folder:"
 
@@ -45,19 +51,19 @@ def find_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
     return DatasetSpec(name, environments, len(names), names, folder=str(root.absolute()), domain_folders=environments)
 
 
-def open_dataset(spec: DatasetSpec, data_dir: Path | None, pixels: Pixels, *, decode: bool = False) -> Dataset:
+def open_dataset(spec: DatasetSpec, data_dir: Path | None, preprocess: Preprocess, *, decode: bool = False) -> Dataset:
     """The images of every environment as `pixels` wants them; `UsageError` lists everything that is wrong.
 
     Prepared data is used where there is any, unless `decode`.
     """
     if spec.build is not None:
         names = spec.class_names or tuple(str(i) for i in range(spec.num_classes))
-        return Dataset(spec, names, [Decoded(images, pixels) for images in spec.build()], "made")
+        return Dataset(spec, names, [Decoded(images, preprocess) for images in spec.build()], "made")
     if data_dir is None and not Path(spec.folder).is_absolute():
         raise UsageError(f"{spec.name} is read from disk: pass --data_dir, the folder that holds {spec.folder}/")
     data_dir = data_dir or Path()
-    prepared = None if decode else open_prepared(spec, data_dir, pixels)
+    prepared = None if decode else open_prepared(spec, data_dir, preprocess)
     if prepared is not None:
         return Dataset(spec, prepared.class_names, [*prepared.environments], f"prepared, {prepared.encoding}")
     names, folders = read_folder(spec, data_dir)
-    return Dataset(spec, names, [Decoded(images, pixels) for images in folders], "image files")
+    return Dataset(spec, names, [Decoded(images, preprocess) for images in folders], "image files")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from domainbed_hp import keep
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.networks.text import TextTower
 from domainbed_hp.networks.vit import VisionTower
-from domainbed_hp.registry import UsageError, unknown
+from domainbed_hp.registry import UsageError, unknown_name
 
 LOCAL_DIR = "local-dir:"
 MINI = Path(str(files("domainbed_hp.networks"))) / "mini"
@@ -34,14 +35,6 @@ WHAT_TO_PASS = (
     "Pass clip_pretrained=PATH (a checkpoint file), clip_pretrained=local-dir:FOLDER (open_clip_config.json and "
     "weights), clip_pretrained=random, or the embedded clip_model=mini clip_pretrained=shapes."
 )
-
-
-class ClipPixels(NamedTuple):
-    """The images that a tower takes; `crop`: short side to `size`, then centre crop. `squash`: both sides to `size`."""
-
-    size: int
-    resize: Literal["crop", "squash"]
-    interpolation: Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True)
@@ -54,16 +47,17 @@ class ClipSource:
     """A tag or a checkpoint file; None: the folder's own weights, or none."""
     random: bool
     model_cfg: dict[str, Any]
-    preprocess: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
 
     @property
     def folder(self) -> Path | None:
         return Path(self.name.removeprefix(LOCAL_DIR)) if self.name.startswith(LOCAL_DIR) else None
 
     @property
-    def pixels(self) -> ClipPixels:
-        resize: Literal["crop", "squash"] = "crop" if self.preprocess["resize_mode"] == "shortest" else "squash"
-        return ClipPixels(self.model_cfg["vision_cfg"].get("image_size", 224), resize, self.preprocess["interpolation"])
+    def preprocess(self) -> Preprocess:
+        size = self.model_cfg["vision_cfg"].get("image_size", 224)
+        resize: Literal["crop", "squash"] = "crop" if self.preprocess_cfg["resize_mode"] == "shortest" else "squash"
+        return Preprocess(size, resize, self.preprocess_cfg["interpolation"])
 
 
 def find_clip(model: str, pretrained: str) -> ClipSource:
@@ -83,7 +77,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     else:
         name = model
         if model not in open_clip.list_models():
-            raise unknown("clip_model", model, ["mini", *filter(_treatable, open_clip.list_models())])
+            raise unknown_name("clip_model", model, ["mini", *filter(_treatable, open_clip.list_models())])
         _check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained in tags:
@@ -102,11 +96,6 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     if preprocess["resize_mode"] not in ("shortest", "squash"):
         raise UsageError(f"{name}: resize_mode {preprocess['resize_mode']!r}, known: shortest, squash")
     return ClipSource(name, checkpoint, random, model_cfg, preprocess)
-
-
-def clip_pixels(model: str, pretrained: str) -> ClipPixels:
-    """The images that a CLIP takes, from its configuration alone."""
-    return find_clip(model, pretrained).pixels
 
 
 @dataclass
@@ -149,7 +138,7 @@ def load_clip(model: str, pretrained: str) -> Clip:
     """Load a CLIP in fp32 on the CPU; every parameter of its image tower has `requires_grad`."""
     source = find_clip(model, pretrained)
     clip = _pristine(model, pretrained)
-    visual = VisionTower(clip.visual, source.preprocess["mean"], source.preprocess["std"])
+    visual = VisionTower(clip.visual, source.preprocess_cfg["mean"], source.preprocess_cfg["std"])
     del clip.visual
     key = None if source.random else (model, pretrained)
     return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip, key)
@@ -188,7 +177,7 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
         raise ValueError(f"weights do not fit {source.name}: {sorted(expected.keys() ^ weights.keys())[:5]}")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in (state | weights).items()}, folder / "open_clip_model.safetensors")
-    preprocess = {k: source.preprocess[k] for k in ("mean", "std", "interpolation", "resize_mode")}
+    preprocess = {k: source.preprocess_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     config = {"model_cfg": source.model_cfg, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     bpe = source.model_cfg["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")

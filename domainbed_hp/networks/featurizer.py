@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from domainbed_hp.networks.preprocess import Normalise
-from domainbed_hp.registry import UsageError, unknown
+from domainbed_hp.registry import UsageError, unknown_name
 
 RESNETS = ("resnet18", "resnet50")
 BACKBONES = (*RESNETS, "clip", "small")
@@ -156,4 +156,4 @@ def featurizer(
         return CLIPTower(clip_model, clip_pretrained)
     if backbone == "small":
         return SmallCNN()
-    raise unknown("backbone", backbone, BACKBONES)
+    raise unknown_name("backbone", backbone, BACKBONES)

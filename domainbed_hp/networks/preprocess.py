@@ -1,12 +1,25 @@
-"""Pixels in [0, 1] to what a tower was trained on. Every tower normalises for itself."""
+"""How an image becomes the input of a network: preprocessing belongs to the weights, a tower normalises for itself."""
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Preprocess(NamedTuple):
+    """Size and resizing of the images that a method takes, and the augmentation of its training images."""
+
+    size: int
+    """Height and width of x in pixels."""
+    resize: Literal["crop", "squash"] = "squash"
+    """`crop`: short side to `size`, then centre crop (CLIP). `squash`: both sides to `size` (DomainBed)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bilinear"
+    augmentation: Literal["crop_flip", "domainbed", "none"] = "domainbed"
+    """`crop_flip`: RandomResizedCrop(0.7, 1) and flip. `domainbed`: these, colour jitter 0.3 and 10 % grey."""
 
 
 class Normalise(nn.Module):

@@ -106,7 +106,7 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> list[Comparison]:
     rows = list(dict.fromkeys(frame["row"]))
     for name in (a, b):
         if name not in rows:
-            raise registry.unknown("row", name, rows)
+            raise registry.unknown_name("row", name, rows)
     if a == b:
         raise UsageError(f"--compare {a} {b}: a row cannot be compared with itself")
     found = []

@@ -87,7 +87,7 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
         loaders = eval_loaders(environments, of.scored, batch_size, workers, max_images=limit, pin=of.on_gpu)
         for alpha in alphas:
             with holding(wise.parameters, wise.between(alpha)), evaluation(algorithm), cast:
-                scores = {name: score(algorithm, each, of.device, of.pixels) for name, each in loaders.items()}
+                scores = {name: score(algorithm, each, of.device, of.preprocess) for name, each in loaders.items()}
             rows[alpha] = scored(scores, of.train_envs) | {"versions": versions(of.device)}
     return rows
 

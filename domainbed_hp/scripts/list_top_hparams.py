@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     frame = found.frame
     for kind, column, name in (("data set", "dataset", args.dataset), ("row", "row", args.algorithm)):
         if name not in set(frame[column]):
-            raise registry.unknown(kind, name, sorted(set(frame[column])))
+            raise registry.unknown_name(kind, name, sorted(set(frame[column])))
     mine = frame[(frame["dataset"] == args.dataset) & (frame["row"] == args.algorithm)]
     envs = sorted({env for envs in mine["test_envs"] for env in envs})
     if args.test_env not in envs:

@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweeps = read_jobs(args.jobs, flags)
         known = ["import", *vars(train_parser().parse_args([]))]
         if strange := [name for _, jobs in sweeps for job in jobs for name in job.args if name not in known]:
-            raise registry.unknown(f"argument of train in {args.jobs}:", strange[0], known)
+            raise registry.unknown_name(f"argument of train in {args.jobs}:", strange[0], known)
         return max(launch(spec, args, shlex.join([*COMMAND, *argv]), jobs) for spec, jobs in sweeps)
     if args.command == "launch":
         spec = spec_from(args.config, flags)

@@ -84,7 +84,7 @@ def as_found() -> Iterator[None]:
 
     Random generators are not among it: every run seeds them.
     """
-    known = (registry.ALGORITHMS, registry.PROMPTS, registry.AVERAGES, registry.SHARPNESS)
+    known = (registry.ALGORITHMS, registry.PROMPTS, registry.WEIGHT_AVERAGES, registry.SHARPNESS)
     tables = [*known, registry.DATASETS, registry.LAUNCHERS, os.environ]
     before = [dict(table) for table in tables]
     folder, path, streams = os.getcwd(), list(sys.path), (sys.stdout, sys.stderr)

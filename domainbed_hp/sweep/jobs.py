@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 
 from domainbed_hp import run_dir
-from domainbed_hp.files import replaced
+from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import State
 
@@ -147,5 +147,5 @@ def save(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], others
         used = {job.row for job in earlier} | set(rows)
         rows = {row["label"]: row for row in json.loads(path.read_text())["rows"] if row["label"] in used} | rows
     entries = [{"folder": job.folder.name, "args": job.args} for job in [*jobs, *earlier]]
-    with replaced(path) as temporary:
+    with replace_atomically(path) as temporary:
         temporary.write_text(json.dumps({**sweep, "rows": list(rows.values()), "jobs": entries}, indent=1) + "\n")

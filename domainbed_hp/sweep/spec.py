@@ -117,7 +117,7 @@ class SweepSpec:
             raise UsageError(f"{source}: domain_adaptation needs uda_holdout_fraction: no image would be unlabeled")
         for name, known in CHOICES.items():
             if getattr(spec, name) not in (None, *known):
-                raise registry.unknown(f"{name} in {source}:", getattr(spec, name), known)
+                raise registry.unknown_name(f"{name} in {source}:", getattr(spec, name), known)
         names = [row.name for row in rows]
         for row in rows:
             if row.name in registry.ALGORITHMS and row.name != row.algorithm:
@@ -132,7 +132,7 @@ def _typed(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
     hints = get_type_hints(cls)
     for name, value in values.items():
         if name not in hints:
-            raise registry.unknown(f"key of {source}:", name, hints)
+            raise registry.unknown_name(f"key of {source}:", name, hints)
         if not _matches(value, hints[name]):
             raise UsageError(f"{source}: {name} is {value!r}; expected {_wanted(hints[name])}")
     missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
@@ -174,7 +174,7 @@ def launcher_of(spec: SweepSpec) -> Callable[[list[list[str]]], list[int]]:
     given = {name: getattr(spec, name) for name in LAUNCHER_OPTIONS if getattr(spec, name)}
     for name in given:
         if name not in options_of(launcher):
-            raise registry.unknown(f"option of launcher {spec.launcher}", name, options_of(launcher) or ["none"])
+            raise registry.unknown_name(f"option of launcher {spec.launcher}", name, options_of(launcher) or ["none"])
     if spec.slurm:
         given["slurm"] = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in spec.slurm.items()}
     return partial(launcher, **given)

@@ -29,11 +29,11 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     tables = {key: value for key, value in spec.hparams.items() if isinstance(value, dict)}
     for name in tables:
         if name not in algorithms:
-            raise registry.unknown("algorithm with [hparams] of its own", name, algorithms)
+            raise registry.unknown_name("algorithm with [hparams] of its own", name, algorithms)
     known = [known_to(row, spec, {**general, **tables.get(row.algorithm, {}), **row.hparams}) for row in spec.rows]
     for name in general:
         if not any(name in names for names in known):
-            raise registry.unknown("hparam", name, sorted(set().union(*known)))
+            raise registry.unknown_name("hparam", name, sorted(set().union(*known)))
 
     rows = []
     for row, names in zip(spec.rows, known, strict=True):
@@ -72,5 +72,5 @@ def check_data(spec: SweepSpec, rows: Sequence[Row]) -> None:
             continue
         hparams = [resolve(row.algorithm, dataset.name, spec.n_hparams_from, 0, row.hparams) for row in rows]
         classes = [get_algorithm_class(row.algorithm) for row in rows]
-        for pixels in {c.pixels(h, dataset.image_size) for c, h in zip(classes, hparams, strict=True)}:
-            open_dataset(dataset, Path(spec.data_dir) if spec.data_dir else None, pixels)
+        for preprocess in {c.preprocess(h, dataset.image_size) for c, h in zip(classes, hparams, strict=True)}:
+            open_dataset(dataset, Path(spec.data_dir) if spec.data_dir else None, preprocess)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.files import replaced
+from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 from domainbed_hp.sweep.jobs import NOT_IDENTITY
 
@@ -30,7 +30,7 @@ def save(run_dir: Path, algorithm: Algorithm, progress: dict[str, Any]) -> None:
     """Write `progress`, plain values, and all that `update` changes."""
     buffer = io.BytesIO()  # torch's own writer does not say why it failed
     torch.save(progress | {"algorithm": algorithm.training_state()}, buffer)
-    with replaced(run_dir / FILE_NAME) as path:
+    with replace_atomically(run_dir / FILE_NAME) as path:
         path.write_bytes(buffer.getbuffer())
 
 

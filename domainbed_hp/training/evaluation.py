@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loading.loader import EvalLoader
+from domainbed_hp.networks.preprocess import Preprocess
 
 EVAL_BATCH = {"cuda": 1024, "cpu": 64}
 """Images scored at once, while they fit; a CPU is no faster beyond its cache."""
@@ -37,14 +37,14 @@ class Score(NamedTuple):
     """Mean cross-entropy."""
 
 
-def score(algorithm: Algorithm, loader: EvalLoader, device: torch.device, pixels: Pixels) -> Score:
+def score(algorithm: Algorithm, loader: EvalLoader, device: torch.device, preprocess: Preprocess) -> Score:
     """One pass over a split; where a GPU runs out of memory, the next with half the batch.
 
     Source: DomainBed's lib/misc.py; a single logit says class 1 above 0.
     """
     while True:
         try:
-            sums = [torch.stack(measure(algorithm, *batch.to(device, pixels))).tolist() for batch in loader]
+            sums = [torch.stack(measure(algorithm, *batch.to(device, preprocess))).tolist() for batch in loader]
             return Score(*(sum(each) / len(loader.indices) for each in zip(*sums, strict=True)))
         except torch.cuda.OutOfMemoryError:
             if loader.batch_size == 1:

@@ -29,7 +29,7 @@ from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.datasets.loading.transforms import Views
 from domainbed_hp.datasets.prepared import index
-from domainbed_hp.files import cache_folder
+from domainbed_hp.files import cache_dir
 from domainbed_hp.networks.clip import find_clip
 from domainbed_hp.training.setup import Plan
 
@@ -83,7 +83,7 @@ def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: W
     if not all(key["files"]):
         return None
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_folder() / "features" / name
+    folder = cache_dir() / "features" / name
     environments = run.dataset.environments
     try:
         arrays = open_or_compute(folder, key, run, algorithm, batch_size, workers)
@@ -104,9 +104,9 @@ def ingredients(run: Plan, algorithm: ClipAlgorithm) -> dict[str, Any]:
         "weights": digest(algorithm.tower),
         "tower": {"vision_cfg": config["vision_cfg"], "quick_gelu": config.get("quick_gelu", False)},
         "input_norm": run.hparams["input_norm"],
-        "size": run.pixels.size,
-        "resize": run.pixels.resize,
-        "interpolation": run.pixels.interpolation,
+        "size": run.preprocess.size,
+        "resize": run.preprocess.resize,
+        "interpolation": run.preprocess.interpolation,
         "dataset": run.args.dataset,
         "files": fingerprints(tuple(run.dataset.environments)),
         "precision": run.args.precision,
@@ -220,7 +220,7 @@ def encoded(
         loader = EvalLoader(views, range(done, len(views)), batch_size, workers, pin=run.on_gpu)
         try:
             for batch in loader:
-                features = algorithm.encode(batch.to(run.device, run.pixels)[0]).cpu().numpy()
+                features = algorithm.encode(batch.to(run.device, run.preprocess)[0]).cpu().numpy()
                 done += len(features)
                 yield features
         except torch.cuda.OutOfMemoryError:

@@ -20,7 +20,7 @@ from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Metrics
 from domainbed_hp.datasets.loading.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.files import remove_left
+from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import DONE, Claim, claim
 from domainbed_hp.seeds import seed_hash
@@ -53,7 +53,7 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
     run = plan(args)
     with contextlib.ExitStack() as stack:
         held = held or stack.enter_context(claim(run.output_dir))
-        remove_left(run.output_dir)
+        remove_temporary_files(run.output_dir)
         before = find_before(run)
         stack.enter_context(log_to(run.output_dir))
         workers = stack.enter_context(Workers(run.num_workers))
@@ -97,13 +97,13 @@ class Training:
         batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
         with evaluation(self.algorithm), self.cast, stop.at_once():
             features = cached_features(run, self.algorithm, batch_size, workers)
-        if features and run.pixels.augmentation == "none":
+        if features and run.preprocess.augmentation == "none":
             self.run = run.on(features)
         environments = features or run.dataset.environments
         self.scored = eval_loaders(environments, run.scored, batch_size, workers, max_images=limit, pin=run.on_gpu)
         some = min(PROBE, limit or PROBE)
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
-        self.probe = [loader[0].to(run.device, run.pixels) for loader in held_out if len(loader)]
+        self.probe = [loader[0].to(run.device, run.preprocess) for loader in held_out if len(loader)]
         with evaluation(self.algorithm), self.cast:
             self.diagnosis()  # before training, so that the method can fix its scales
 
@@ -123,8 +123,8 @@ class Training:
         self.since.start()
         for step, ours, extra in tqdm(batches, total=run.steps, initial=todo.start, disable=None, unit="step"):
             seed_everything(seed_hash(run.args.seed, "update", step))  # dropout is a function of the step, too
-            minibatches = [batch.to(run.device, run.pixels) for batch in ours]
-            unlabeled_x = None if extra is None else [batch.to(run.device, run.pixels)[0] for batch in extra]
+            minibatches = [batch.to(run.device, run.preprocess) for batch in ours]
+            unlabeled_x = None if extra is None else [batch.to(run.device, run.preprocess)[0] for batch in extra]
             with self.cast:
                 self.since.add(self.update(step, minibatches, unlabeled_x))
             if self.average is not None:
@@ -175,7 +175,7 @@ class Training:
 
     def scores(self, names: Iterable[str]) -> dict[str, Score]:
         run = self.run
-        return {name: score(self.algorithm, self.scored[name], run.device, run.pixels) for name in names}
+        return {name: score(self.algorithm, self.scored[name], run.device, run.preprocess) for name in names}
 
     def diagnosis(self) -> dict[str, float]:
         """What the method says of validation images, where there are any."""
@@ -196,7 +196,7 @@ class Training:
         self.held.check()
         self.columns = print_row(record, self.columns)
         record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions(run.device)}
-        record |= {"image_size": run.pixels.size, "trainable_params": self.trainable, "protocol": run.protocol}
+        record |= {"image_size": run.preprocess.size, "trainable_params": self.trainable, "protocol": run.protocol}
         records.append(run.output_dir, record)
         self.recorded.append(step)
         self.keep_models(record)

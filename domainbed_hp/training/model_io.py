@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.files import replaced
+from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 
 
@@ -38,7 +38,7 @@ def build(recipe: Recipe) -> Algorithm:
 def save_model(path: Path, algorithm: Algorithm, recipe: Recipe, *, full: bool = False) -> None:
     """What training changed, or with `full` everything, as safetensors; the recipe in the header rebuilds the rest."""
     state = algorithm.state_dict() if full else algorithm.trained_state()
-    with replaced(path) as temporary:
+    with replace_atomically(path) as temporary:
         # Cloned: of tensors that share memory safetensors takes one alone.
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         save_file(tensors, temporary, metadata={"recipe": json.dumps(asdict(recipe))})

@@ -11,12 +11,12 @@ import torch
 
 from domainbed_hp import hparams_registry, keep
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loading.loader import ReferenceSteps, TrainSteps
 from domainbed_hp.datasets.loading.transforms import Views
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.files import cpu_count
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
 from domainbed_hp.training.model_io import Recipe
 
@@ -77,7 +77,7 @@ class Plan:
     split: list[dict[str, list[int]]]
     """Per environment."""
     train_envs: list[int]
-    pixels: Pixels
+    preprocess: Preprocess
     device: torch.device
     steps: int
     checkpoint_freq: int
@@ -93,13 +93,13 @@ class Plan:
 
     @property
     def recipe(self) -> Recipe:
-        names, size = tuple(self.dataset.class_names), self.pixels.size
+        names, size = tuple(self.dataset.class_names), self.preprocess.size
         return Recipe(self.args.algorithm, self.hparams, self.steps, size, names, len(self.train_envs))
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Under what terms the run's numbers stand: weights and text of the method, images, part of the target."""
-        size, resize, interpolation, augmentation = self.pixels
+        size, resize, interpolation, augmentation = self.preprocess
         images = f"{size} px, {resize}, {interpolation}; training: {augmentation}"
         share = (1 - self.args.holdout_fraction) * (1 - self.args.uda_holdout_fraction)
         return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.protocol(self.hparams)
@@ -137,7 +137,7 @@ class Plan:
     def _steps(self, kind: type[TrainSteps], envs: list[int], **options: bool) -> TrainSteps:
         batch_size, seed = self.hparams["batch_size"], self.args.seed
         environments = self.dataset.environments
-        return kind(environments, self.split, envs, batch_size, self.pixels, seed, pin=self.on_gpu, **options)
+        return kind(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
 
 
 def plan(args: RunArgs) -> Plan:
@@ -153,22 +153,22 @@ def plan(args: RunArgs) -> Plan:
     if steps < 1 or freq < 1 or num_workers < 0:
         got = f"{steps}, {freq} and {num_workers}"
         raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
-    pixels = algorithm.pixels(hparams, spec.image_size)
-    dataset = opened(args.dataset, args.data_dir, pixels, args.loader == "reference")
+    preprocess = algorithm.preprocess(hparams, spec.image_size)
+    dataset = opened(args.dataset, args.data_dir, preprocess, args.loader == "reference")
     lengths = [len(images) for images in dataset.environments]
     split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
     hparams_registry.check_validation(hparams, any(split[i]["out"] for i in train_envs))
-    run = Plan(args, algorithm, hparams, dataset, split, train_envs, pixels, device, steps, freq, num_workers)
+    run = Plan(args, algorithm, hparams, dataset, split, train_envs, preprocess, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run
 
 
 @keep.kept
-def opened(name: str, data_dir: str | None, pixels: Pixels, decode: bool) -> Dataset:
-    return open_dataset(find_spec(name, data_dir), Path(data_dir) if data_dir else None, pixels, decode=decode)
+def opened(name: str, data_dir: str | None, preprocess: Preprocess, decode: bool) -> Dataset:
+    return open_dataset(find_spec(name, data_dir), Path(data_dir) if data_dir else None, preprocess, decode=decode)
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

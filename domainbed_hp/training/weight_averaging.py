@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam, choice
-from domainbed_hp.registry import AVERAGES, UsageError, load
+from domainbed_hp.registry import WEIGHT_AVERAGES, UsageError, load
 
 
 class Mean:
@@ -248,7 +248,7 @@ def find_average(parameters: Sequence[nn.Parameter], hparams: dict[str, Any], st
     """The average that hparam `average` names."""
     if hparams["average"] == "none":
         return None
-    found: Average = load(AVERAGES, "average", hparams["average"])(parameters, hparams, steps)
+    found: Average = load(WEIGHT_AVERAGES, "average", hparams["average"])(parameters, hparams, steps)
     return found
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from domainbed_hp.algorithms.base import Pixels, get_algorithm_class
+from domainbed_hp.algorithms.base import get_algorithm_class
 from domainbed_hp.algorithms.erm import ERM
 from domainbed_hp.hparams_registry import default_hparams
-from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 
 def build(dataset="Debug28", size=28, num_classes=2, **overrides):
@@ -76,14 +76,14 @@ def test_hparams_reach_the_network():
 @pytest.mark.parametrize("backbone", ["resnet50", "small"])
 def test_pixels_are_domainbeds(backbone):
     hparams = default_hparams("ERM", "PACS") | {"backbone": backbone}
-    assert ERM.pixels(hparams, 224) == Pixels(224, "squash", "bilinear", "domainbed")
-    assert ERM.pixels(hparams | {"data_augmentation": False}, 64) == Pixels(64, "squash", "bilinear", "none")
+    assert ERM.preprocess(hparams, 224) == Preprocess(224, "squash", "bilinear", "domainbed")
+    assert ERM.preprocess(hparams | {"data_augmentation": False}, 64) == Preprocess(64, "squash", "bilinear", "none")
 
 
 def test_clip_takes_its_own_pixels_and_trains():
     clip = {"backbone": "clip", "clip_model": "mini", "clip_pretrained": "random"}
     hparams = default_hparams("ERM", "PACS") | clip
-    assert ERM.pixels(hparams, 224) == Pixels(64, "crop", "bicubic", "domainbed")
+    assert ERM.preprocess(hparams, 224) == Preprocess(64, "crop", "bicubic", "domainbed")
     algorithm = build("PACS", 64, **clip)
     before = [p.clone() for p in algorithm.featurizer.parameters()]
     assert algorithm.update(minibatches(64))["loss"] > 0

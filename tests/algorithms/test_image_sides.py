@@ -295,8 +295,8 @@ def test_miro_compares_the_images_tokens_alone() -> None:
 def test_miros_released_pixels() -> None:
     hparams = resolve("MIRO", "PACS", 0, 0, {"clip_model": "mini", "clip_pretrained": "shapes"})
     kind = type(make("MIRO"))
-    assert kind.pixels(hparams, 224)[:3] == (64, "crop", "bicubic")
-    assert kind.pixels(hparams | {"miro_released_pixels": True}, 224)[:3] == (64, "squash", "bilinear")
+    assert kind.preprocess(hparams, 224)[:3] == (64, "crop", "bicubic")
+    assert kind.preprocess(hparams | {"miro_released_pixels": True}, 224)[:3] == (64, "squash", "bilinear")
     with pytest.raises(UsageError, match="other pixels"):
         make("MIRO", miro_released_pixels=True).merge()
 

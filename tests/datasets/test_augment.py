@@ -8,7 +8,6 @@ from helpers import photo
 from torch import Tensor
 from torchvision import transforms
 
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loading import reference
 from domainbed_hp.datasets.loading.augment import (
     OPERATIONS,
@@ -21,6 +20,7 @@ from domainbed_hp.datasets.loading.augment import (
     hue,
     jitter,
 )
+from domainbed_hp.networks.preprocess import Preprocess
 
 CPU = torch.device("cpu")
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
@@ -104,7 +104,7 @@ def test_reference_and_batched_show_the_same_images():
     draws = draw(sizes(16, 80, 90), "domainbed", np.random.default_rng(0))
     theirs = torch.from_numpy(reference.augment(images, draws, 48, "bicubic")).float() / 255
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    ours = augment(stacked, draws, Pixels(48, "crop", "bicubic", "domainbed"), CPU)
+    ours = augment(stacked, draws, Preprocess(48, "crop", "bicubic", "domainbed"), CPU)
     assert (ours - theirs).abs().mean(dim=(1, 2, 3)).max() < 2.5 / 255
     assert draws.colour.grey.any() and draws.flip.any()
 
@@ -156,7 +156,7 @@ def test_colours_are_distributed_as_torchvisions():
     tilted = np.clip(np.asarray(image) * [0.9, 0.6, 0.3] + [20, 10, 0], 0, 255).astype(np.uint8)  # of a clear hue
     draws = draw(sizes(count, 40, 40), "domainbed", np.random.default_rng(0))
     stacked = torch.from_numpy(tilted)[None].expand(count, -1, -1, -1)
-    ours = augment(stacked, draws, Pixels(24, "squash", "bilinear", "domainbed"), CPU)
+    ours = augment(stacked, draws, Preprocess(24, "squash", "bilinear", "domainbed"), CPU)
     torch.manual_seed(0)
     transform = transforms.Compose(
         [
@@ -198,7 +198,7 @@ def test_an_image_does_not_depend_on_its_neighbours_sizes(augmentation):
 def test_no_global_generator_is_drawn_from():
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     draws = draw(sizes(8, 40, 40), "domainbed", np.random.default_rng(0))
-    augment(torch.zeros(8, 40, 40, 3, dtype=torch.uint8), draws, Pixels(32), CPU)
+    augment(torch.zeros(8, 40, 40, 3, dtype=torch.uint8), draws, Preprocess(32), CPU)
     assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
 

@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.folder import read_folder
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages, DatasetSpec
 from domainbed_hp.datasets.splits import splits
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import DATASETS, UsageError, load
 
-PIXELS = Pixels(8, "crop", "bicubic")
+PIXELS = Preprocess(8, "crop", "bicubic")
 SPEC = DatasetSpec(
     name="Pets",
     environments=("A", "B"),

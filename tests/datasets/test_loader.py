@@ -13,14 +13,14 @@ from domainbed_hp.datasets.splits import splits
 from domainbed_hp.registry import UsageError
 
 
-class Pixels(NamedTuple):
+class Preprocess(NamedTuple):
     size: int = 8
     resize: str = "squash"
     interpolation: str = "bilinear"
     augmentation: str = "domainbed"
 
 
-PLAIN = Pixels(augmentation="none")
+PLAIN = Preprocess(augmentation="none")
 CPU = torch.device("cpu")
 
 
@@ -34,8 +34,8 @@ ENVIRONMENTS = [environment(20), environment(30, 50), environment(6, 100)]
 SPLITS = splits([20, 30, 6], [0], 0, 0.2, 0.5)
 
 
-def steps(pixels=PLAIN, seed=0, **options):
-    return TrainSteps(ENVIRONMENTS, SPLITS, [1, 2], 8, pixels, seed, **options)
+def steps(preprocess=PLAIN, seed=0, **options):
+    return TrainSteps(ENVIRONMENTS, SPLITS, [1, 2], 8, preprocess, seed, **options)
 
 
 def decoded(array, labels):
@@ -44,7 +44,7 @@ def decoded(array, labels):
 
 def finished(batches):
     """(x, y) of each batch."""
-    return [batch.to(CPU, Pixels()) for batch in batches]
+    return [batch.to(CPU, Preprocess()) for batch in batches]
 
 
 def same(a, b):
@@ -62,12 +62,12 @@ def test_a_step_has_one_minibatch_per_training_environment_of_its_in_split():
 
 
 def test_steps_are_a_function_of_seed_environment_and_step():
-    first = steps(Pixels())[3]
-    assert same(first, steps(Pixels())[3])
-    assert not same(first, steps(Pixels())[4])
-    assert not same(first, steps(Pixels(), seed=1)[3])
+    first = steps(Preprocess())[3]
+    assert same(first, steps(Preprocess())[3])
+    assert not same(first, steps(Preprocess())[4])
+    assert not same(first, steps(Preprocess(), seed=1)[3])
     # An environment's minibatch does not depend on which others train.
-    alone = TrainSteps(ENVIRONMENTS, SPLITS, [2], 8, Pixels(), 0)[3]
+    alone = TrainSteps(ENVIRONMENTS, SPLITS, [2], 8, Preprocess(), 0)[3]
     assert same(alone, first[1:])
 
 
@@ -79,7 +79,7 @@ def test_environments_steps_and_seeds_draw_apart():
     single = [decoded(noise, np.zeros(1))] * 2
 
     def augmented(seed, t):
-        return TrainSteps(single, [{"in": [0]}] * 2, [0, 1], 1, Pixels(), seed)[t]
+        return TrainSteps(single, [{"in": [0]}] * 2, [0, 1], 1, Preprocess(), seed)[t]
 
     versions = [x.numpy().tobytes() for seed, t in ((0, 0), (0, 1), (1, 0)) for x, _ in finished(augmented(seed, t))]
     assert len(set(versions)) == 6
@@ -92,13 +92,13 @@ def test_every_image_is_drawn_with_replacement():
 
 
 def test_resuming_gives_the_same_steps():
-    whole, rest = [steps(Pixels())[t] for t in range(6)], [steps(Pixels())[t] for t in range(4, 6)]
+    whole, rest = [steps(Preprocess())[t] for t in range(6)], [steps(Preprocess())[t] for t in range(4, 6)]
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
 
 
 @pytest.mark.parametrize("kind", [TrainSteps, ReferenceSteps])
 def test_workers_change_nothing(kind):
-    dataset = kind(ENVIRONMENTS, SPLITS, [1, 2], 8, Pixels(), 0)
+    dataset = kind(ENVIRONMENTS, SPLITS, [1, 2], 8, Preprocess(), 0)
     with Workers(2) as workers:
         there = list(workers.map(dataset.__getitem__, range(6)))
     assert all(same(dataset[t], there[t]) for t in range(6))
@@ -119,21 +119,21 @@ def test_images_of_different_sizes_share_a_batch():
 
         views = [rng.integers(100, 256, (8 + i, 14 - i, 3), np.uint8) for i in range(6)]
 
-    (batch,) = TrainSteps([Sizes()], [{"in": range(6)}], [0], 12, Pixels(), 3)[0]
+    (batch,) = TrainSteps([Sizes()], [{"in": range(6)}], [0], 12, Preprocess(), 3)[0]
     assert batch.images.shape == (12, 13, 14, 3) and len(set(batch.labels.tolist())) > 2
     for b, i in enumerate(batch.labels.tolist()):
         top, left, height, width = batch.draws.box[b]
         assert top + height <= 8 + i and left + width <= 14 - i
         assert np.array_equal(batch.images[b, : 8 + i, : 14 - i], Sizes.views[i])
     batch.images[:, 13:] = 0
-    x, _ = batch._replace(draws=batch.draws._replace(colour=None)).to(CPU, Pixels())
+    x, _ = batch._replace(draws=batch.draws._replace(colour=None)).to(CPU, Preprocess())
     assert x.shape == (12, 3, 8, 8) and x.min() > 0.35
 
 
 def test_the_reference_loader_draws_the_same_crops():
     noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
     smooth = decoded(noise // 64 + 100, np.zeros(20))
-    args = [smooth], [{"in": range(20)}], [0], 16, Pixels(augmentation="crop_flip"), 5
+    args = [smooth], [{"in": range(20)}], [0], 16, Preprocess(augmentation="crop_flip"), 5
     (ours,), (theirs,) = finished(TrainSteps(*args)[0]), finished(ReferenceSteps(*args)[0])
     assert (ours[0] - theirs[0]).abs().max() < 1.1 / 255
     assert ReferenceSteps(*args)[0][0].images.shape == (16, 3, 8, 8)
@@ -146,7 +146,7 @@ def test_no_global_generator_is_drawn_from():
     before = states()
     for number in (0, 1):
         with Workers(number) as workers:
-            list(workers.map(steps(Pixels()).__getitem__, range(2)))
+            list(workers.map(steps(Preprocess()).__getitem__, range(2)))
             list(EvalLoader(ENVIRONMENTS[0], range(20), 8, workers))
     assert states() == before
 
@@ -160,7 +160,7 @@ def test_class_balanced():
 
 
 def test_unlabeled_images_are_the_uda_split_not_augmented():
-    ((x, _, draws),) = TrainSteps(ENVIRONMENTS, SPLITS, [0], 8, Pixels(), 0, unlabeled=True)[0]
+    ((x, _, draws),) = TrainSteps(ENVIRONMENTS, SPLITS, [0], 8, Preprocess(), 0, unlabeled=True)[0]
     assert draws is None and x.shape == (8, 3, 8, 8) and set(x[:, 0, 0, 0].tolist()) <= set(SPLITS[0]["uda"])
     assert (x == x[:, :1, :1, :1]).all()
 

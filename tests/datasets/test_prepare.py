@@ -14,7 +14,7 @@ from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
-from pets import FILES, SPEC, draw, make_pets, pixels
+from pets import FILES, SPEC, draw, make_pets, preprocess
 from PIL import Image
 
 from domainbed_hp.datasets.prepared import prepare as module
@@ -179,7 +179,7 @@ def test_other_times_renew_the_index_alone(pets, tmp_path, capsys):
 
 def test_who_reads_a_removed_environment_reads_on(pets):
     prepare(SPEC, pets, 20)
-    reading = open_prepared(SPEC, pets, pixels())
+    reading = open_prepared(SPEC, pets, preprocess())
     expected = [reading.environments[0].training(i).copy() for i in range(9)]
     add(pets / "pets")
     prepare(SPEC, pets, 20)
@@ -188,7 +188,7 @@ def test_who_reads_a_removed_environment_reads_on(pets):
 
 def test_also_where_a_run_was_killed_after_half_of_removing_it(pets, tmp_path):
     folder = prepare(SPEC, pets, 20)
-    reading = open_prepared(SPEC, pets, pixels())
+    reading = open_prepared(SPEC, pets, preprocess())
     expected = [reading.environments[0].training(i).copy() for i in range(9)]
     add(pets / "pets")
     (folder / "art.csv").unlink()
@@ -224,7 +224,7 @@ def test_what_is_being_renewed_is_not_complete(pets, tmp_path, capsys):
     damage(pets / "pets/art/dog/a.png")
     with pytest.raises(UsageError):
         prepare(SPEC, pets, 20)
-    assert open_prepared(SPEC, pets, pixels()) is None
+    assert open_prepared(SPEC, pets, preprocess()) is None
     assert "art not complete" in capsys.readouterr().err
     (pets / "pets/art/dog/a.png").write_bytes(good)
     prepare(SPEC, pets, 20)
@@ -251,7 +251,7 @@ def test_a_damaged_image_is_recorded_and_left_out_on_demand(pets, tmp_path, caps
     assert len(entries) == 9
     assert "truncated" in entries["dog/a.png"].error
     assert entries["cat/2.png"].error == "not an image"
-    opened = open_prepared(SPEC, pets, pixels())
+    opened = open_prepared(SPEC, pets, preprocess())
     assert opened.skipped == 2 and opened.environments[0].labels.tolist() == [0] * 4 + [1] * 3
     before = identities(folder)
     prepare(SPEC, pets, 20)
@@ -285,7 +285,7 @@ def test_names_that_are_no_text(pets):
     assert name[4:] in [entry.path for entry in read_index(folder / "art.csv")]
     before = identities(folder)
     prepare(SPEC, pets, 20)
-    assert identities(folder) == before and open_prepared(SPEC, pets, pixels()).counts == (10, 4)
+    assert identities(folder) == before and open_prepared(SPEC, pets, preprocess()).counts == (10, 4)
 
 
 def test_a_class_without_images_is_an_error(pets):
@@ -433,7 +433,7 @@ def test_folders_that_are_not_as_expected_are_listed(pets):
 
 
 def test_no_torch():
-    code = "import sys, domainbed_hp.datasets.prepare\nassert not {'torch', 'torchvision', 'pandas'} & set(sys.modules)"
+    code = "import sys, domainbed_hp.datasets.prepared.prepare\nassert not {'torch', 'torchvision', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

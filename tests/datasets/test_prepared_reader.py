@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pets import SPEC, draw, make_pets, pixels
+from pets import SPEC, draw, make_pets, preprocess
 
 from domainbed_hp.datasets.folder import read_folder
 from domainbed_hp.datasets.loading.transforms import Decoded
@@ -49,15 +49,15 @@ def same(spec, data_dir, how, step=1):
 def test_prepared_equals_unprepared_bit_for_bit(tmp_path, size, resize, interpolation):
     make_pets(tmp_path)
     prepare(SPEC, tmp_path, size, resize, interpolation)
-    assert same(SPEC, tmp_path, pixels(size, resize, interpolation)) == 13
+    assert same(SPEC, tmp_path, preprocess(size, resize, interpolation)) == 13
 
 
 def test_compressed_views_to_score_are_equal_and_those_to_train_on_near(tmp_path):
     prepare(SPEC, make_pets(tmp_path), 20, encoding="compressed")
-    prepared = open_prepared(SPEC, tmp_path, pixels())
+    prepared = open_prepared(SPEC, tmp_path, preprocess())
     assert prepared.encoding == "compressed"
     for ours, images in zip(prepared.environments, read_folder(SPEC, tmp_path)[1], strict=True):
-        theirs = Decoded(images, pixels())
+        theirs = Decoded(images, preprocess())
         for i in range(len(images)):
             assert np.array_equal(ours.evaluation(i), theirs.evaluation(i))
             a, b = ours.training(i), theirs.training(i)
@@ -67,7 +67,7 @@ def test_compressed_views_to_score_are_equal_and_those_to_train_on_near(tmp_path
 
 
 def test_by_any_number_of_threads(pets):
-    views = open_prepared(SPEC, pets, pixels()).environments[0]
+    views = open_prepared(SPEC, pets, preprocess()).environments[0]
     once = [(views.training(i), views.evaluation(i)) for i in range(9)]
     order = np.random.default_rng(0).integers(0, 9, 2000).tolist()
     with ThreadPoolExecutor(4) as pool:
@@ -77,13 +77,13 @@ def test_by_any_number_of_threads(pets):
 
 
 def test_a_data_set_opens_prepared(pets, capsys):
-    dataset = open_dataset(SPEC, pets, pixels())
+    dataset = open_dataset(SPEC, pets, preprocess())
     assert dataset.source == "prepared, raw" and dataset.class_names == ("cat", "dog")
     assert [len(environment) for environment in dataset.environments] == [9, 4]
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("other", [pixels(24), pixels(20, "squash"), pixels(20, "crop", "bilinear")])
+@pytest.mark.parametrize("other", [preprocess(24), preprocess(20, "squash"), preprocess(20, "crop", "bilinear")])
 def test_other_pixels_have_none(pets, other, capsys):
     assert open_prepared(SPEC, pets, other) is None
     assert capsys.readouterr().err == ""
@@ -138,7 +138,7 @@ def rename(root):
 @pytest.mark.parametrize("change", [add, add_last, remove_last, touch, grow, link_to_nowhere, three, rename])
 def test_out_of_date_is_said_and_not_used(pets, change, capsys):
     expected = change(pets / "pets")
-    assert open_prepared(SPEC, pets, pixels()) is None
+    assert open_prepared(SPEC, pets, preprocess()) is None
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert f"{pets / FOLDER} is out of date and not used: {pets / 'pets'}/{expected}. Renew it: " in err
@@ -152,7 +152,7 @@ def test_restored_size_and_time_go_unnoticed(pets, capsys):
     data[-4] ^= 255
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert open_prepared(SPEC, pets, pixels()) is not None
+    assert open_prepared(SPEC, pets, preprocess()) is not None
     before = (pets / FOLDER / "art.bin").read_bytes()
     prepare(SPEC, pets, 20)
     assert (pets / FOLDER / "art.bin").read_bytes() == before
@@ -160,27 +160,27 @@ def test_restored_size_and_time_go_unnoticed(pets, capsys):
 
 def test_incomplete(pets, capsys):
     (pets / FOLDER / "art.csv").rename(pets / FOLDER / "art.csv.partial")
-    assert open_prepared(SPEC, pets, pixels()) is None
+    assert open_prepared(SPEC, pets, preprocess()) is None
     assert "not used: art not complete. Renew it: python" in capsys.readouterr().err
 
 
 def test_another_format(pets, capsys):
     about = pets / FOLDER / "about.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 2}))
-    assert open_prepared(SPEC, pets, pixels()) is None
+    assert open_prepared(SPEC, pets, preprocess()) is None
     about.write_text("{")
-    assert open_prepared(SPEC, pets, pixels()) is None
+    assert open_prepared(SPEC, pets, preprocess()) is None
     assert capsys.readouterr().err.count("not used: another version wrote it. Renew it: python") == 2
 
 
 def test_without_the_files(pets, capsys):
-    expected = [view.copy() for view in map(open_prepared(SPEC, pets, pixels()).environments[0].training, range(9))]
+    expected = [view.copy() for view in map(open_prepared(SPEC, pets, preprocess()).environments[0].training, range(9))]
     shutil.rmtree(pets / "pets")
-    prepared = open_prepared(SPEC, pets, pixels())
+    prepared = open_prepared(SPEC, pets, preprocess())
     assert all(np.array_equal(prepared.environments[0].training(i), expected[i]) for i in range(9))
     assert capsys.readouterr().err == ""
     for other in (replace(SPEC, class_names=("cat", "fox")), replace(SPEC, class_names=None, num_classes=3)):
-        assert open_prepared(other, pets, pixels()) is None
+        assert open_prepared(other, pets, preprocess()) is None
         assert "not used: it has other environments or classes" in capsys.readouterr().err
 
 
@@ -192,23 +192,23 @@ def test_half_a_copy_is_refused(pets, name, share, files, capsys):
         shutil.rmtree(pets / "pets")
     os.truncate(pets / FOLDER / name, int((pets / FOLDER / name).stat().st_size * share))
     if files and name == "art.csv":
-        assert open_prepared(SPEC, pets, pixels()) is None
+        assert open_prepared(SPEC, pets, preprocess()) is None
         assert "is new" in capsys.readouterr().err
         return
     with pytest.raises(
         UsageError, match=r"art.bin does not fit its index: it has .* bytes, expected .*, or run: python"
     ):
-        open_prepared(SPEC, pets, pixels())
+        open_prepared(SPEC, pets, preprocess())
 
 
 def test_missing_data_are_named(pets):
     (pets / FOLDER / "art.bin").unlink()
     with pytest.raises(UsageError, match=r"art.bin does not fit its index: No such file or directory"):
-        open_prepared(SPEC, pets, pixels())
+        open_prepared(SPEC, pets, preprocess())
 
 
 def test_data_that_shrink_while_they_are_read_are_named(pets):
-    views = open_prepared(SPEC, pets, pixels()).environments[0]
+    views = open_prepared(SPEC, pets, preprocess()).environments[0]
     os.truncate(pets / FOLDER / "art.bin", 100)
     with pytest.raises(UsageError, match=r"art.bin does not fit its index: it ends at byte 100, expected"):
         views.training(0)
@@ -219,7 +219,7 @@ def test_what_was_left_out_is_said(tmp_path, capsys):
     (tmp_path / "pets/art/dog/a.png").write_text("no image")
     prepare(SPEC, tmp_path, 20, on_error="skip")
     capsys.readouterr()
-    prepared = open_prepared(SPEC, tmp_path, pixels())
+    prepared = open_prepared(SPEC, tmp_path, preprocess())
     assert prepared.skipped == 1 and prepared.counts == (8, 4)
     err = capsys.readouterr().err
     assert "leaves out 1 images with errors" in err
@@ -228,14 +228,14 @@ def test_what_was_left_out_is_said(tmp_path, capsys):
 
 def test_other_builds_are_named(pets, capsys):
     spec = replace(SPEC, image_counts=(1, 2), other_builds={"of 2020": (9, 4)})
-    assert open_prepared(spec, pets, pixels()) is not None
+    assert open_prepared(spec, pets, preprocess()) is not None
     assert capsys.readouterr().err == f"Pets in {pets / FOLDER} is the build of 2020\n"
 
 
 def test_wrong_folders_are_refused_as_without(pets):
     (pets / "pets/art/cow").mkdir()
     with pytest.raises(UsageError, match="unexpected class folder of .*art: cow"):
-        open_prepared(SPEC, pets, pixels())
+        open_prepared(SPEC, pets, preprocess())
 
 
 PACS = load(DATASETS, "dataset", "PACS")
@@ -254,7 +254,7 @@ def link_pacs(shared_data, data_dir, per_class):
 def test_pacs(shared_data, tmp_path, resize):
     spec = link_pacs(shared_data, tmp_path, 5)
     prepare(spec, tmp_path, 224, resize)
-    assert same(spec, tmp_path, pixels(224, resize)) == 4 * 7 * 5
+    assert same(spec, tmp_path, preprocess(224, resize)) == 4 * 7 * 5
 
 
 @pytest.mark.slow
@@ -262,17 +262,17 @@ def test_pacs(shared_data, tmp_path, resize):
 def test_all_of_pacs(shared_data, tmp_path, resize, capsys):
     (tmp_path / "PACS").symlink_to(shared_data / "PACS")
     prepare(PACS, tmp_path, 64, resize, num_workers=2)
-    assert same(PACS, tmp_path, pixels(64, resize)) == 9991
+    assert same(PACS, tmp_path, preprocess(64, resize)) == 9991
 
 
 @pytest.mark.parametrize("size", [64, 224])
 def test_pacs_compressed(shared_data, tmp_path, size):
     spec = link_pacs(shared_data, tmp_path, 5)
     prepare(spec, tmp_path, size, encoding="compressed")
-    prepared = open_prepared(spec, tmp_path, pixels(size))
+    prepared = open_prepared(spec, tmp_path, preprocess(size))
     differences = []
     for ours, images in zip(prepared.environments, read_folder(spec, tmp_path)[1], strict=True):
-        theirs = Decoded(images, pixels(size))
+        theirs = Decoded(images, preprocess(size))
         assert all(np.array_equal(ours.evaluation(i), theirs.evaluation(i)) for i in range(len(ours)))
         differences += [np.abs(ours.training(i).astype(int) - theirs.training(i)).mean() for i in range(len(ours))]
     used = sum(path.stat().st_size for path in prepared.folder.glob("*.bin")) / len(differences)

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.open import open_dataset
 from domainbed_hp.datasets.shapes import shapes_dg
 from domainbed_hp.datasets.shapes.shapes_dg import CLASS_NAMES, ENVIRONMENTS, PER_CLASS, SHAPES_DG, SHIFTS
+from domainbed_hp.networks.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def nearest_mean(train: np.ndarray, train_y: np.ndarray, test: np.ndarray) -> np
 def test_two_processes_draw_the_same_bytes(arrays):
     draw = shapes_dg.draw_environment
     code = (
-        "import hashlib; from domainbed_hp.datasets.shapes_dg import draw_environment as d;"
+        "import hashlib; from domainbed_hp.datasets.shapes.shapes_dg import draw_environment as d;"
         "print(hashlib.sha256(d('A', 3).tobytes() + d('S', 3).tobytes()).hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -85,7 +85,7 @@ def test_colour_tells_the_class_inside_an_environment_and_misleads_outside(array
 
 def test_second_opening_reads_the_cache(cache, monkeypatch, arrays):
     monkeypatch.setattr(shapes_dg, "draw_environment", lambda env: arrays[env])
-    opened = open_dataset(SHAPES_DG, None, Pixels(64))
+    opened = open_dataset(SHAPES_DG, None, Preprocess(64))
     assert opened.class_names == CLASS_NAMES and [len(e) for e in opened.environments] == list(SHAPES_DG.image_counts)
     first = SHAPES_DG.build()
     image = first[0][0]
@@ -125,7 +125,7 @@ def test_damaged_cache_is_drawn_again(cache, monkeypatch, arrays, damage):
 
 
 def test_reading_the_facts_imports_neither_torch_nor_pillow():
-    code = "import sys, domainbed_hp.datasets.shapes_dg; print({'torch', 'PIL'} & set(sys.modules))"
+    code = "import sys, domainbed_hp.datasets.shapes.shapes_dg; print({'torch', 'PIL'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

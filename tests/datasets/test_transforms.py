@@ -5,10 +5,10 @@ from helpers import photo
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision import transforms
 
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loading.augment import crop_boxes
 from domainbed_hp.datasets.loading.transforms import Decoded, evaluation_view, training_view
 from domainbed_hp.datasets.spec import ArrayImages
+from domainbed_hp.networks.preprocess import Preprocess
 
 SHAPES = [(227, 227), (301, 200), (97, 413), (65, 64), (64, 64), (31, 50), (50, 31), (50, 33), (17, 640)]
 
@@ -67,7 +67,7 @@ def test_what_a_training_view_cuts_off_no_crop_would_have_shown(long):
 
 def test_decoded_images_have_both_views():
     array = np.stack([np.asarray(photo(90, 80, seed)) for seed in range(3)])
-    views = Decoded(ArrayImages(array, np.array([2, 0, 1])), Pixels(64, "crop", "bicubic"))
+    views = Decoded(ArrayImages(array, np.array([2, 0, 1])), Preprocess(64, "crop", "bicubic"))
     assert len(views) == 3 and views.labels.tolist() == [2, 0, 1]
     assert np.array_equal(views.training(1), training_view(photo(90, 80, 1), 64, "bicubic"))
     assert np.array_equal(views.evaluation(2), evaluation_view(photo(90, 80, 2), 64, "crop", "bicubic"))

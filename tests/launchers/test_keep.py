@@ -56,7 +56,7 @@ def test_jobs_that_share_a_process_end_as_alone(tmp_path: Path, monkeypatch: pyt
 
 
 def test_data_are_opened_once(keeping: None) -> None:
-    pixels = type(make("LoRA")).pixels(make("LoRA").hparams, 64)
+    pixels = type(make("LoRA")).preprocess(make("LoRA").hparams, 64)
     assert opened("ShapesDG", None, pixels, False) is opened("ShapesDG", None, pixels, False)
     assert opened("ShapesDG", None, pixels, False) is not opened("ShapesDG", None, pixels, True)
 

@@ -8,7 +8,7 @@ import torch
 from helpers import make
 
 from domainbed_hp.networks import clip
-from domainbed_hp.networks.clip import MINI, clip_pixels, find_clip, load_clip
+from domainbed_hp.networks.clip import MINI, find_clip, load_clip
 from domainbed_hp.prompts.base import class_prompts
 from domainbed_hp.registry import UsageError
 
@@ -50,15 +50,15 @@ def test_broken_checkpoint_says_what_to_pass(tmp_path: Path) -> None:
 
 
 def test_preprocessing_belongs_to_the_weights(tmp_path: Path) -> None:
-    assert clip_pixels("ViT-B-16-quickgelu", "openai") == (224, "crop", "bicubic")
-    assert clip_pixels("ViT-L-14-336-quickgelu", "openai") == (336, "crop", "bicubic")
-    assert clip_pixels("mini", "shapes") == (64, "crop", "bicubic")
+    assert find_clip("ViT-B-16-quickgelu", "openai").preprocess[:3] == (224, "crop", "bicubic")
+    assert find_clip("ViT-L-14-336-quickgelu", "openai").preprocess[:3] == (336, "crop", "bicubic")
+    assert find_clip("mini", "shapes").preprocess[:3] == (64, "crop", "bicubic")
     config = json.loads((MINI / "open_clip_config.json").read_text())
     config["preprocess_cfg"] |= {"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear", "resize_mode": "squash"}
     shutil.copytree(MINI, tmp_path / "m")
     (tmp_path / "m" / "open_clip_config.json").write_text(json.dumps(config))
     source = find_clip("mini", f"local-dir:{tmp_path}/m")
-    assert source.pixels == (64, "squash", "bilinear")
+    assert source.preprocess[:3] == (64, "squash", "bilinear")
     tower = load_clip("mini", f"local-dir:{tmp_path}/m").visual
     torch.testing.assert_close(tower.normalise.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import go
+from training.test_loop import go
 
 from domainbed_hp import records
 from domainbed_hp.reports import load

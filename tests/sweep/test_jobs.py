@@ -77,7 +77,7 @@ def test_what_is_part_of_a_sweep_forgets_none_of_it(tmp_path: Path) -> None:
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/sweep"]
 from test_jobs import jobs_of, listed, sweep_of
 
 output_dir, name, others = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]

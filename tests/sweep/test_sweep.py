@@ -15,8 +15,8 @@ import pytest
 from helpers import photo
 
 from domainbed_hp import registry, run_dir
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.hparams_registry import HParam
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import State
 from domainbed_hp.scripts import run
@@ -48,8 +48,8 @@ class StubERM:
         pass
 
     @classmethod
-    def pixels(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
-        return Pixels(image_size)
+    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+        return Preprocess(image_size)
 
 
 class StubLoRA(StubERM):
@@ -394,7 +394,7 @@ sys.exit(run(sweep.main, sys.argv[1:]))
 
 @pytest.mark.slow
 def test_two_launchers_run_no_job_twice(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/sweep")]))
     argv = ["launch", *DEBUG, "--n_hparams", "10", "--n_trials", "2", "--test_envs", "0", "1"]
     command = [sys.executable, "-c", LAUNCHER, *argv, "--max_parallel", "2", "--skip_confirmation"]
     two = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -135,10 +135,10 @@ def test_features_are_those_of_the_images_in_order(drawn: Path, tmp_path: Path, 
 
 
 def test_batches_of_features_are_not_scaled(drawn: Path, feature_cache: Path) -> None:
-    (views, *_), pixels = computed(drawn), plan(args(Path("x"), drawn)).pixels
-    x, y = EvalLoader(views, [3, 1, 2], 3)[0].to(torch.device("cpu"), pixels)
+    (views, *_), preprocess = computed(drawn), plan(args(Path("x"), drawn)).preprocess
+    x, y = EvalLoader(views, [3, 1, 2], 3)[0].to(torch.device("cpu"), preprocess)
     assert torch.equal(x, torch.from_numpy(np.array(views.features[[3, 1, 2]]))) and y.tolist() == [1, 0, 1]
-    batch = TrainSteps([views], [{"in": [5]}], [0], 2, pixels, seed=0)[0][0]
+    batch = TrainSteps([views], [{"in": [5]}], [0], 2, preprocess, seed=0)[0][0]
     assert isinstance(batch, Batch) and torch.equal(batch.images[0], torch.from_numpy(np.array(views.features[5])))
     with pytest.raises(TypeError, match="cannot be augmented"):
         views.training(0)

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from domainbed_hp import keep
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loading.transforms import Decoded
 from domainbed_hp.datasets.spec import ArrayImages
 from domainbed_hp.networks.clip import MINI
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.training import feature_cache as features_module
 from domainbed_hp.training.setup import plan
@@ -245,6 +245,6 @@ def test_images_that_inherit_their_fingerprint_are_not_told_apart_by_it() -> Non
         def __getitem__(self, i: int) -> Image.Image:
             return Image.fromarray(255 - self.array[i])
 
-    array, labels, pixels = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64), Pixels(8)
-    assert Decoded(ArrayImages(array, labels), pixels).fingerprint()
-    assert Decoded(Inverted(array, labels), pixels).fingerprint() == ""
+    array, labels, preprocess = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64), Preprocess(8)
+    assert Decoded(ArrayImages(array, labels), preprocess).fingerprint()
+    assert Decoded(Inverted(array, labels), preprocess).fingerprint() == ""

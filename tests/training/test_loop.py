@@ -12,37 +12,21 @@ import pytest
 import torch
 from helpers import photo
 from safetensors.torch import load_file
+from short_runs import CPU, MINI, crash, go, stop_at, terminate, without_times
 
 from domainbed_hp import hparams_registry, records
 from domainbed_hp.algorithms import get_algorithm_class
-from domainbed_hp.algorithms.base import Pixels
 from domainbed_hp.datasets.loading.transforms import Decoded
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages
 from domainbed_hp.datasets.splits import splits
+from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import State, Taken, failure, state
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import main
 from domainbed_hp.training import checkpoint, loop, metric_log, setup
-from domainbed_hp.training.loop import RunArgs, train
 from domainbed_hp.training.model_io import load_model
-
-CPU = torch.device("cpu")
-MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'
-
-
-def go(folder: Path, **kwargs: Any) -> list[dict[str, Any]]:
-    """A short run on Debug28; its records."""
-    settings = {"dataset": "Debug28", "hparams": MINI, "steps": 4, "checkpoint_freq": 2, "seed": 3} | kwargs
-    train(RunArgs(output_dir=str(folder), **settings))
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for record in records:
-        del record["step_time"], record["elapsed_s"], record["args"]["output_dir"]
-    return records
 
 
 def test_records_have_what_domainbed_reads(tmp_path: Path) -> None:
@@ -81,11 +65,11 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     algorithm, recipe = load_model(tmp_path / "run")
     assert recipe.algorithm == "HeadPurification" and len(recipe.class_names) == 10
     assert (tmp_path / "run" / "model_step2.safetensors").is_file()
-    pixels = type(algorithm).pixels(recipe.hparams, 64)
-    dataset = open_dataset(find_spec("ShapesDG"), None, pixels)
+    preprocess = type(algorithm).preprocess(recipe.hparams, 64)
+    dataset = open_dataset(find_spec("ShapesDG"), None, preprocess)
     split = splits([len(e) for e in dataset.environments], (0,), 0)
     loader = loop.eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
-    assert loop.score(algorithm, loader, CPU, pixels).accuracy == records[-1]["env0_out_acc"]
+    assert loop.score(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
 
 
 def test_without_validation_images_there_is_nothing_to_diagnose(tmp_path: Path) -> None:
@@ -268,13 +252,13 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
             return torch.eye(2)[(x.mean(dim=(1, 2, 3)) > 0.5).long()]
 
     levels = np.array([0] * 9 + [255] * 3, np.uint8)
-    views = Decoded(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Pixels(8))
+    views = Decoded(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Preprocess(8))
     loader = loop.EvalLoader(views, range(12), 16)
     small = Small((3, 8, 8), 2, 1, {"most": 5})
-    assert loop.score(small, loader, CPU, Pixels(8)).accuracy == 1.0
+    assert loop.score(small, loader, CPU, Preprocess(8)).accuracy == 1.0
     assert small.sizes == [12, 8, 4, 4, 4] and loader.batch_size == 4
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        loop.score(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Pixels(8))
+        loop.score(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Preprocess(8))
 
 
 def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
@@ -282,27 +266,6 @@ def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
     with pytest.raises(Taken, match="already holds a run that is done"):
         go(tmp_path / "run", algorithm="ZeroShotCLIP")
     assert records.load_run(tmp_path / "run") == before
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], object], algorithm: str = "LoRA") -> None:
-    """Call `how` in the update of a step, once."""
-    seen, update = [0], get_algorithm_class(algorithm).update
-
-    def stopping(*args: Any) -> dict[str, float]:
-        seen[0] += 1
-        if seen[0] == step + 1:
-            how()
-        return update(*args)
-
-    monkeypatch.setattr(get_algorithm_class(algorithm), "update", stopping)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def crash() -> None:
-    raise RuntimeError("boom")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import batches, make
 from safetensors.torch import load_file
-from test_training import go, stop_at, terminate, without_times
+from short_runs import go, stop_at, terminate, without_times
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from helpers import make
 from safetensors.torch import load_file
-from test_training import crash, go, stop_at, terminate, without_times
+from short_runs import crash, go, stop_at, terminate, without_times
 from torch import Tensor, nn
 
 from domainbed_hp import records
@@ -227,7 +227,7 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
         same([saved[name] for name in names], list(explicit.values()))
         algorithm.load_state_dict(saved, strict=False)
         with loop.evaluation(algorithm):
-            scores = {name: loop.score(algorithm, each, plan.device, plan.pixels) for name, each in loaders.items()}
+            scores = {name: loop.score(algorithm, each, plan.device, plan.preprocess) for name, each in loaders.items()}
         algorithm.eval()
         assert {f"{name}_acc": score.accuracy for name, score in scores.items()}.items() <= record.items()
         assert record["val_loss"] == pytest.approx((scores["env1_out"].loss + scores["env2_out"].loss) / 2, rel=1e-5)

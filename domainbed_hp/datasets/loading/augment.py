@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed_hp.datasets.loading.transforms import SCALE, Pixels
+from domainbed_hp.datasets.loading.transforms import SCALE
+
+if TYPE_CHECKING:
+    from domainbed_hp.networks.preprocess import Preprocess
 
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
@@ -75,15 +78,15 @@ def crop_boxes(sizes: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return np.hstack([top, left, h, w]).astype(np.int64)
 
 
-def augment(images: Tensor, draws: Draws, pixels: Pixels, device: torch.device) -> Tensor:
+def augment(images: Tensor, draws: Draws, preprocess: Preprocess, device: torch.device) -> Tensor:
     """x (B, 3, S, S), float in [0, 1] on `device`, of uint8 `images` (B, H, W, 3).
 
     An image may fill only the upper left of its (H, W): crops do not look beyond it.
     """
     if device.type == "cpu":
-        x = crops_by_kernel(images, draws, pixels.size, pixels.interpolation)
+        x = crops_by_kernel(images, draws, preprocess.size, preprocess.interpolation)
     else:
-        x = crops_by_matrix(images.to(device, non_blocking=True), draws, pixels.size, pixels.interpolation)
+        x = crops_by_matrix(images.to(device, non_blocking=True), draws, preprocess.size, preprocess.interpolation)
     return x if draws.colour is None else jitter(x, draws.colour)
 
 

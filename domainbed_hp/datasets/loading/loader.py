@@ -7,7 +7,7 @@ model is scored changes what it trains on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from torch import Tensor
 from domainbed_hp.datasets.loading import reference
 from domainbed_hp.datasets.loading.augment import Draws, augment, draw
 from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.datasets.loading.transforms import Decoded, Pixels, Views
+from domainbed_hp.datasets.loading.transforms import Decoded, Views
 from domainbed_hp.registry import UsageError
 from domainbed_hp.seeds import rng
+
+if TYPE_CHECKING:
+    from domainbed_hp.networks.preprocess import Preprocess
 
 Splits = Sequence[Mapping[str, Sequence[int]]]
 """Per environment the indices of its splits, as from `splits.splits`."""
@@ -33,14 +36,14 @@ class Batch(NamedTuple):
     """(B,) int64"""
     draws: Draws | None = None
 
-    def to(self, device: torch.device, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    def to(self, device: torch.device, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
         """(x, y) on `device`: x float (B, 3, S, S) in [0, 1], augmented; features as they are."""
         if self.images.is_floating_point():
             x = self.images.to(device, non_blocking=True)
         elif self.draws is None:
             x = self.images.to(device, non_blocking=True).float().div_(255)
         else:
-            x = augment(self.images, self.draws, pixels, device)
+            x = augment(self.images, self.draws, preprocess, device)
         return x, self.labels.to(device, non_blocking=True)
 
 
@@ -61,7 +64,7 @@ class TrainSteps:
         splits: Splits,
         envs: Sequence[int],
         batch_size: int,
-        pixels: Pixels,
+        preprocess: Preprocess,
         seed: int,
         *,
         class_balanced: bool = False,
@@ -71,8 +74,8 @@ class TrainSteps:
         split = "uda" if unlabeled else "in"
         advice = "pass --uda_holdout_fraction above 0" if unlabeled else "train on environments that have images"
         self.environments, self.envs, self.batch_size, self.seed = environments, list(envs), batch_size, seed
-        self.pixels, self.pin = pixels, pin
-        self.augmentation = "none" if unlabeled else pixels.augmentation
+        self.preprocess, self.pin = preprocess, pin
+        self.augmentation = "none" if unlabeled else preprocess.augmentation
         self.indices = {env: np.asarray(splits[env].get(split, ()), np.int64) for env in envs}
         for env, indices in self.indices.items():
             if not len(indices):
@@ -121,7 +124,7 @@ class ReferenceSteps(TrainSteps):
             raise TypeError("the reference loader augments decoded images, not prepared ones")
         images = [views.images[i].convert("RGB") for i in chosen]
         draws = draw(np.array([(image.height, image.width) for image in images]), self.augmentation, random)
-        done = reference.augment(images, draws, self.pixels.size, self.pixels.interpolation)
+        done = reference.augment(images, draws, self.preprocess.size, self.preprocess.interpolation)
         return torch.from_numpy(done), None
 
 

@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
 from domainbed_hp.datasets.spec import Images
 
+if TYPE_CHECKING:
+    from domainbed_hp.networks.preprocess import Preprocess
+
 SCALE = (0.7, 1.0)
 """Share of the area that a random crop keeps."""
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-class Pixels(Protocol):
-    """How a method wants its images; `algorithms.base.Pixels` is one."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def resize(self) -> str:
-        """`crop`: short side to `size`, then centre crop (CLIP). `squash`: both sides to `size` (DomainBed)."""
-
-    @property
-    def interpolation(self) -> str:
-        """`bicubic` or `bilinear`."""
-
-    @property
-    def augmentation(self) -> str:
-        """Of training images: `crop_flip`, `domainbed` or `none`."""
 
 
 class Views(Protocol):
@@ -60,17 +44,19 @@ class Views(Protocol):
 class Decoded:
     """The views of raw images, made at each access."""
 
-    def __init__(self, images: Images, pixels: Pixels) -> None:
-        self.images, self.pixels, self.labels = images, pixels, images.labels
+    def __init__(self, images: Images, preprocess: Preprocess) -> None:
+        self.images, self.preprocess, self.labels = images, preprocess, images.labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def training(self, i: int) -> np.ndarray:
-        return training_view(self.images[i], self.pixels.size, self.pixels.interpolation)
+        return training_view(self.images[i], self.preprocess.size, self.preprocess.interpolation)
 
     def evaluation(self, i: int) -> np.ndarray:
-        return evaluation_view(self.images[i], self.pixels.size, self.pixels.resize, self.pixels.interpolation)
+        return evaluation_view(
+            self.images[i], self.preprocess.size, self.preprocess.resize, self.preprocess.interpolation
+        )
 
     def fingerprint(self) -> str:
         # Images of a user's own class need none, and one that is inherited does not know what the class does.

@@ -11,15 +11,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from domainbed_hp.datasets.folder import FolderImages, Found, find_images, say_build
-from domainbed_hp.datasets.loading.transforms import Pixels, channels_first
+from domainbed_hp.datasets.loading.transforms import channels_first
 from domainbed_hp.datasets.prepared.index import ABOUT, About, Entry, prepared_folder, read_about, read_index, relative
 from domainbed_hp.datasets.spec import DatasetSpec
 from domainbed_hp.registry import UsageError
+
+if TYPE_CHECKING:
+    from domainbed_hp.networks.preprocess import Preprocess
 
 PLACE = np.dtype([("label", "i8"), ("offset", "i8"), ("shape", "i4", 2), ("bytes", "i4", 2)])
 """What reading needs of an entry: shape of the training view, bytes of both views; 32 bytes an image."""
@@ -94,7 +98,7 @@ class Stale(Exception):
     """What was prepared is not what there is to prepare."""
 
 
-def open_prepared(spec: DatasetSpec, data_dir: Path, pixels: Pixels) -> Prepared | None:
+def open_prepared(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> Prepared | None:
     """The prepared images of `spec` for these pixels; None, with a line on stderr, where they are out of date.
 
     Names, sizes and modification times of the source are compared, as rsync does: a file that was overwritten by one
@@ -102,8 +106,8 @@ def open_prepared(spec: DatasetSpec, data_dir: Path, pixels: Pixels) -> Prepared
     is compared, so that the prepared folder is all that a machine needs.
     """
     root = data_dir / spec.folder
-    folder = prepared_folder(spec, data_dir, pixels.size, pixels.resize, pixels.interpolation)
-    command = prepare_command(spec, data_dir, pixels)
+    folder = prepared_folder(spec, data_dir, preprocess.size, preprocess.resize, preprocess.interpolation)
+    command = prepare_command(spec, data_dir, preprocess)
     if not (folder / ABOUT).exists():
         return None
     try:
@@ -117,9 +121,9 @@ def open_prepared(spec: DatasetSpec, data_dir: Path, pixels: Pixels) -> Prepared
     return prepared
 
 
-def prepare_command(spec: DatasetSpec, data_dir: Path, pixels: Pixels) -> str:
-    what = ["--data_dir", str(data_dir), "--dataset", spec.name, "--image_size", str(pixels.size)]
-    how = ["--resize", pixels.resize, "--interpolation", pixels.interpolation]
+def prepare_command(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> str:
+    what = ["--data_dir", str(data_dir), "--dataset", spec.name, "--image_size", str(preprocess.size)]
+    how = ["--resize", preprocess.resize, "--interpolation", preprocess.interpolation]
     return shlex.join(["python", "-m", "domainbed_hp.scripts.prepare", *what, *how])
 
 

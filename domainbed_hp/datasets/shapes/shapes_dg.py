@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domainbed_hp.datasets.spec import ArrayImages, DatasetSpec, Images
-from domainbed_hp.files import cache_folder
+from domainbed_hp.files import cache_dir
 from domainbed_hp.seeds import rng
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def draw_environment(env: str, per_class: int = PER_CLASS) -> np.ndarray:
 def cache_path() -> Path:
     """In the cache folder; the name carries a digest of the code that draws."""
     here = Path(__file__).parent
-    code = b"".join((here / name).read_bytes() for name in ("shapes.py", "drawings.py", "shapes_dg.py"))
-    return cache_folder() / f"shapes_dg-{hashlib.sha256(code).hexdigest()[:12]}.npz"
+    code = b"".join((here / name).read_bytes() for name in ("polygons.py", "drawings.py", "shapes_dg.py"))
+    return cache_dir() / f"shapes_dg-{hashlib.sha256(code).hexdigest()[:12]}.npz"
 
 
 def cached(path: Path) -> dict[str, np.ndarray] | None:
