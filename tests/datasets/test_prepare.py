@@ -433,7 +433,7 @@ def test_folders_that_are_not_as_expected_are_listed(pets):
 
 
 def test_no_torch():
-    code = "import sys, domainbed_hp.datasets.prepared.prepare\nassert not {'torch', 'torchvision', 'pandas'} & set(sys.modules)"
+    code = "import sys, domainbed_hp.datasets.prepared.prepare\nassert not {'torch', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -48,7 +48,7 @@ class StubERM:
         pass
 
     @classmethod
-    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Pixels:
+    def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
         return Preprocess(image_size)
 
 
