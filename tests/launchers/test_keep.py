@@ -57,8 +57,8 @@ def test_jobs_that_share_a_process_end_as_alone(tmp_path: Path, monkeypatch: pyt
 
 def test_data_are_opened_once(keeping: None) -> None:
     pixels = type(make("LoRA")).preprocess(make("LoRA").hparams, 64)
-    assert opened("ShapesDG", None, pixels, False) is opened("ShapesDG", None, pixels, False)
-    assert opened("ShapesDG", None, pixels, False) is not opened("ShapesDG", None, pixels, True)
+    assert opened("ShapesDG", None, pixels) is opened("ShapesDG", None, pixels)
+    assert opened("ShapesDG", None, pixels) is not opened("Debug28", None, pixels)
 
 
 def test_a_clip_is_drawn_from_no_global_generator(keeping: None) -> None:
