@@ -60,7 +60,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n_trials_from", type=int, help="the first trial's seed (default 0)")
     p.add_argument("--command_launcher", dest="launcher", help=f"default local; known: {', '.join(registry.LAUNCHERS)}")
     p.add_argument("--max_parallel", type=int, help="jobs at a time; default: the launcher's")
-    p.add_argument("--jobs_per_process", type=int, help="local: so many jobs, one by one, share a process (default 1)")
     p.add_argument("--jobs_per_gpu", type=int, help="multi_gpu: jobs at a time on each (default 1)")
     p.add_argument("--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: partition=gpu mem=16GB ...")
     p.add_argument("--steps", type=int)

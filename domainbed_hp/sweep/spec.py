@@ -30,7 +30,7 @@ CHOICES = {
     "keep": ("last", "best"),
 }
 """Values of those arguments that have few."""
-LAUNCHER_OPTIONS = ("max_parallel", "jobs_per_process", "jobs_per_gpu", "slurm")
+LAUNCHER_OPTIONS = ("max_parallel", "jobs_per_gpu", "slurm")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class SweepSpec:
     """Modules with algorithms and data sets of the user's own, `--import`."""
     launcher: str = "local"
     max_parallel: int | None = None
-    jobs_per_process: int | None = None
     jobs_per_gpu: int | None = None
     slurm: dict[str, Any] = field(default_factory=dict)
     """Options of sbatch: partition, time, mem, ..."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from domainbed_hp import hparams_registry, keep
+from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.datasets.loading.loader import ReferenceSteps, TrainSteps
 from domainbed_hp.datasets.loading.transforms import Views
@@ -154,7 +154,8 @@ def plan(args: RunArgs) -> Plan:
         got = f"{steps}, {freq} and {num_workers}"
         raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
     preprocess = algorithm.preprocess(hparams, spec.image_size)
-    dataset = opened(args.dataset, args.data_dir, preprocess, args.loader == "reference")
+    data_dir = Path(args.data_dir) if args.data_dir else None
+    dataset = open_dataset(spec, data_dir, preprocess, decode=args.loader == "reference")
     lengths = [len(images) for images in dataset.environments]
     split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
@@ -164,11 +165,6 @@ def plan(args: RunArgs) -> Plan:
     run = Plan(args, algorithm, hparams, dataset, split, train_envs, preprocess, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run
-
-
-@keep.kept
-def opened(name: str, data_dir: str | None, preprocess: Preprocess, decode: bool) -> Dataset:
-    return open_dataset(find_spec(name, data_dir), Path(data_dir) if data_dir else None, preprocess, decode=decode)
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
