@@ -11,7 +11,7 @@ from typing import Any
 
 from domainbed_hp.registry import ALGORITHMS, DATASETS
 from domainbed_hp.run_dir import claim
-from domainbed_hp.scripts import run
+from domainbed_hp.scripts import pause_gc, run
 from domainbed_hp.sweep.spec import CHOICES
 
 
@@ -53,11 +53,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args: dict[str, Any] = vars(parser().parse_args(argv))
     with claim(Path(args["output_dir"])) as held:
-        from domainbed_hp.plugins import import_plugin
-        from domainbed_hp.training.loop import train
-        from domainbed_hp.training.setup import (
-            RunArgs,  # after the claim: who comes second is told without loading torch
-        )
+        with pause_gc():  # after the claim: a run that is refused never loads torch
+            from domainbed_hp.plugins import import_plugin
+            from domainbed_hp.training.loop import train
+            from domainbed_hp.training.setup import RunArgs
 
         for module in args["imports"]:
             import_plugin(module)
