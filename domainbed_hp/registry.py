@@ -78,6 +78,13 @@ LAUNCHERS: dict[str, str] = {
     "dummy": "domainbed_hp.launchers.dummy:launch",
 }
 
+SELECTION_RULES: dict[str, str] = {
+    "iid": "domainbed_hp.model_selection:IIDAccuracy",
+    "leave_one_out": "domainbed_hp.model_selection:LeaveOneOut",
+    "oracle": "domainbed_hp.model_selection:Oracle",
+}
+"""Rules of model selection, one table of results for each."""
+
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """The error for a name that nobody knows: what was got, the nearest match, what is known."""
