@@ -251,7 +251,8 @@ def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
     names = dict.fromkeys(name for each in overrides_of for name in each or ())
     found = []
     for member, args, own in zip(members, args_of, overrides_of, strict=True):
-        values = {name: args[name] for name in PROTOCOL if name in args}
+        # Only records of older versions name their loader; all others were made with the batched one.
+        values = {"loader": "batched"} | {name: args[name] for name in PROTOCOL if name in args}
         if own is not None:
             values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
         if isinstance(member, Run):

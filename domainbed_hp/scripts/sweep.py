@@ -73,7 +73,6 @@ def parser() -> argparse.ArgumentParser:
     on_gpu = "auto: on a GPU capture steps, and compile them in long runs; off: neither"
     p.add_argument("--compile", choices=CHOICES["compile"], help=on_gpu)
     p.add_argument("--device")
-    p.add_argument("--loader", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
     p.add_argument("--features", choices=CHOICES["features"], help="of a frozen tower: kept, or not")
     p.add_argument("--num_workers", type=int, help="loader threads of each job")
     p.add_argument("--save", choices=CHOICES["save"], help="of the models: what trained, or all")

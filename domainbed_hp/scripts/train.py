@@ -39,7 +39,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", default="fp32", choices=CHOICES["precision"])
     on_gpu = "auto: on a GPU capture steps, and compile them in long runs; off: neither"
     p.add_argument("--compile", default="auto", choices=CHOICES["compile"], help=on_gpu)
-    p.add_argument("--loader", default="batched", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
     p.add_argument("--features", default="cached", choices=CHOICES["features"], help="of a frozen tower: kept, or not")
     p.add_argument("--num_workers", type=int, help="loader threads of the whole run; default: 8 with a GPU, else 0")
     p.add_argument(

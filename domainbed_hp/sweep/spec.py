@@ -23,7 +23,6 @@ CHOICES = {
     "task": ("domain_generalization", "domain_adaptation"),
     "precision": ("fp32", "bf16"),
     "compile": ("auto", "on", "off"),
-    "loader": ("batched", "reference"),
     "features": ("cached", "encode"),
     "eval": ("full", "fast"),
     "save": ("trained", "full"),
@@ -74,7 +73,6 @@ class SweepSpec:
     precision: str | None = None
     compile: str | None = None
     device: str | None = None
-    loader: str | None = None
     features: str | None = None
     save: str | None = None
     keep: str | None = None
@@ -212,7 +210,6 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
         "precision",
         "compile",
         "device",
-        "loader",
         "features",
         "save",
         "keep",

@@ -23,6 +23,8 @@ from domainbed_hp.registry import UsageError
 from domainbed_hp.sweep.jobs import NOT_IDENTITY
 
 FILE_NAME = "checkpoint.pt"
+REMOVED_ARGS = {"loader": "batched"}
+"""Arguments that older versions wrote, and the values that equal what a run does now."""
 STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -48,6 +50,7 @@ def load(run_dir: Path) -> dict[str, Any] | None:
 
 def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) -> None:
     """`UsageError` unless these are the arguments of the run that `run_dir` holds."""
+    before, args = REMOVED_ARGS | before, REMOVED_ARGS | args
     keys = [key for key in before | args if key not in NOT_IDENTITY]
     if different := [key for key in keys if plain(before.get(key)) != plain(args.get(key))]:
         listed = "; ".join(f"{key}: there {before.get(key)!r}, here {args.get(key)!r}" for key in different)

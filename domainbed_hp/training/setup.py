@@ -11,7 +11,7 @@ import torch
 
 from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.datasets.loading.loader import ReferenceSteps, TrainSteps
+from domainbed_hp.datasets.loading.loader import TrainSteps
 from domainbed_hp.datasets.loading.transforms import Views
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
 from domainbed_hp.datasets.splits import splits
@@ -58,7 +58,6 @@ class RunArgs:
     imports: tuple[str, ...] = ()
     label: str | None = None
     eval_images: int | None = None
-    loader: str = "batched"
     num_workers: int | None = None
     features: str = "cached"
     """Of a tower that never changes; `encode`: computed anew for each batch."""
@@ -125,19 +124,18 @@ class Plan:
 
     def batches(self) -> TrainSteps:
         """The labeled minibatches of each step."""
-        kind = ReferenceSteps if self.args.loader == "reference" else TrainSteps
-        return self._steps(kind, self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
+        return self._steps(self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
 
     def unlabeled_batches(self) -> TrainSteps | None:
         """Those of the test environments, for domain adaptation."""
         if self.args.task != "domain_adaptation":
             return None
-        return self._steps(TrainSteps, list(self.args.test_envs), unlabeled=True)
+        return self._steps(list(self.args.test_envs), unlabeled=True)
 
-    def _steps(self, kind: type[TrainSteps], envs: list[int], **options: bool) -> TrainSteps:
+    def _steps(self, envs: list[int], **options: bool) -> TrainSteps:
         batch_size, seed = self.hparams["batch_size"], self.args.seed
         environments = self.dataset.environments
-        return kind(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
+        return TrainSteps(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
 
 
 def plan(args: RunArgs) -> Plan:
@@ -155,7 +153,7 @@ def plan(args: RunArgs) -> Plan:
         raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
     preprocess = algorithm.preprocess(hparams, spec.image_size)
     data_dir = Path(args.data_dir) if args.data_dir else None
-    dataset = open_dataset(spec, data_dir, preprocess, decode=args.loader == "reference")
+    dataset = open_dataset(spec, data_dir, preprocess)
     lengths = [len(images) for images in dataset.environments]
     split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]

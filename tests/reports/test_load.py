@@ -92,6 +92,12 @@ def test_a_second_run_in_a_file_is_a_run_of_its_own(tmp_path):
     assert load(tmp_path).frame["run"].tolist() == [0, 1, 1]
 
 
+def test_a_record_names_its_loader_only_in_older_versions():
+    assert rows(minimal(), minimal(trial_seed=1, loader="batched")) == ["ERM", "ERM"]
+    told = [f"ERM (loader={name})" for name in ("batched", "reference")]
+    assert rows(minimal(), minimal(trial_seed=1, loader="reference")) == told
+
+
 @pytest.mark.parametrize(
     ("key", "one", "other", "told"),
     [
