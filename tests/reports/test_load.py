@@ -161,7 +161,7 @@ def test_an_override_of_weights_that_is_what_others_have_anyway_is_no_other_prot
 
 
 def test_the_defaults_of_the_protocol_are_those_of_a_run():
-    from domainbed_hp.training.setup import RunArgs
+    from domainbed_hp.run_args import RunArgs
 
     names = {f.name: f.default for f in fields(RunArgs)}
     assert {**{name: names[name] for name in PROTOCOL}, "algorithm": None} == {**PROTOCOL, "algorithm": None}
