@@ -17,6 +17,7 @@ from typing import Any
 
 from domainbed_hp.model_selection import SelectionMethod
 from domainbed_hp.reports.load import CollectedRuns
+from domainbed_hp.run_args import REMOVED, name_flags
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.sweep.jobs import Job
 
@@ -99,11 +100,10 @@ def make_job(example: dict[str, Any], key: Key, output_dir: Path) -> Job:
     """Return the job with the arguments of an example, but with the test environments and seeds of `key`."""
     test_envs, trial, hparams_seed = key
     seed = seed_hash(example["dataset"], example["algorithm"], list(test_envs), hparams_seed, trial)
-    args = {name: value for name, value in example.items() if name not in ("output_dir", "imports") and value}
-    if example.get("imports"):
-        args["import"] = list(example["imports"])
+    args = {name: value for name, value in name_flags(example).items() if name != "output_dir" and value}
+    args = {name: value for name, value in args.items() if (name, value) not in REMOVED.items()}
     seeds = {"test_envs": list(test_envs), "trial_seed": trial, "hparams_seed": hparams_seed, "seed": seed}
-    return Job.under(output_dir, {**args, **seeds})
+    return Job.create(output_dir, {**args, **seeds})
 
 
 def describe_jobs(missing: Iterable[MissingJob]) -> list[str]:

@@ -7,21 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from domainbed_hp.run_args import PROTOCOL, REMOVED
+
 if TYPE_CHECKING:
     from domainbed_hp.reports.load import CollectedRuns, PlannedJob, Run
 
-PROTOCOL = {
-    "algorithm": None,
-    "steps": None,
-    "holdout_fraction": 0.2,
-    "uda_holdout_fraction": 0.0,
-    "eval_images": None,
-    "task": "domain_generalization",
-    "precision": "fp32",
-    "loader": "batched",
-}
-"""Arguments that runs must share, besides overrides of hparams, to be averaged in one cell; and their defaults, which
-hold where a sweep leaves them out."""
 WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
 """Hparams that name the pretrained weights of a run."""
 
@@ -89,7 +79,7 @@ def list_protocols(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[d
     names = dict.fromkeys(name for values in overrides for name in values or ())
     protocols = []
     for (args, model), own in zip(settings, overrides, strict=True):
-        values = {name: args[name] for name in PROTOCOL if name in args}
+        values = REMOVED | {name: args[name] for name in PROTOCOL if name in args}
         if own is not None:
             values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
         protocols.append({name: format_value(value) for name, value in (values | model).items()})

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from domainbed_hp.plugins import import_plugins
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports import latex, text_formats
 from domainbed_hp.reports.load import CollectedRuns, load_runs
@@ -94,11 +95,7 @@ def add_input_flags(p: argparse.ArgumentParser, required: bool = False) -> None:
 
 def load_input(args: argparse.Namespace) -> CollectedRuns:
     """Import the modules of --import and load the runs of --input_dir; `UsageError` if there is none."""
-    if args.imports:
-        from domainbed_hp.plugins import import_plugin  # imports torch
-
-        for module in args.imports:
-            import_plugin(module)
+    import_plugins(args.imports)
     collected = load_runs(args.input_dir)
     if not collected.runs:
         raise UsageError(
