@@ -18,51 +18,13 @@ from domainbed_hp.datasets.splits import splits
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.model_io import Recipe
 
 WORKERS = 8
 """At most so many loader threads where the model is on a GPU; on the CPU it loads by itself."""
 
 EXAMPLE = """'{"lr": 1e-4}'"""
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The arguments of a run, written verbatim into every record. Defaults and meaning are DomainBed's train.py's."""
-
-    output_dir: str
-    data_dir: str | None = None
-    dataset: str = "ShapesDG"
-    algorithm: str = "HeadPurification"
-    task: str = "domain_generalization"
-    hparams: str | None = None
-    """JSON object of overrides."""
-    hparams_seed: int = 0
-    trial_seed: int = 0
-    seed: int = 0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    test_envs: tuple[int, ...] = (0,)
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
-    skip_model_save: bool = False
-    save_model_every_checkpoint: bool = False
-    save: str = "trained"
-    """Of the model: `trained`, what rebuilds it together with the pretrained weights, or `full`."""
-    keep: str = "last"
-    """`best`: also the model that training-domain validation would select."""
-    device: str | None = None
-    precision: str = "fp32"
-    compile: str = "auto"
-    """Whether to compile and capture steps; see `speed.py`."""
-    imports: tuple[str, ...] = ()
-    label: str | None = None
-    eval_images: int | None = None
-    num_workers: int | None = None
-    features: str = "cached"
-    """Of a tower that never changes; `encode`: computed anew for each batch."""
-    eval: str = "full"
-    """`fast`: records score no `in` split of a training environment, which no selection rule reads."""
 
 
 @dataclass(frozen=True)
