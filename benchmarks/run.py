@@ -22,9 +22,10 @@ import numpy as np
 from common import format_spread, interleave, link_images, silence, use_one_thread
 from tabulate import tabulate
 
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.setup import RunArgs, find_device, plan
+from domainbed_hp.training.setup import find_device, plan
 
 CASES = {
     "mini": ({"clip_model": "mini", "clip_pretrained": "shapes"}, 256),

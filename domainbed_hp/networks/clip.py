@@ -5,7 +5,6 @@ Preprocessing belongs to the weights: image size, interpolation and normalisatio
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from domainbed_hp import keep
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.networks.text import TextTower
 from domainbed_hp.networks.vit import VisionTower
@@ -107,8 +105,6 @@ class Clip:
     logit_scale: float
     """T, the factor of the cosine; 100 for OpenAI's weights."""
     _model: open_clip.CLIP
-    _key: tuple[str, str] | None
-    """Under which it is kept between jobs; None where its weights are random."""
 
     @property
     def embed_dim(self) -> int:
@@ -117,8 +113,6 @@ class Clip:
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit-norm text features, (len(prompts), E)."""
-        if self._key and keep.keeping:
-            return _text_features(*self._key, tuple(prompts)).clone()
         return encode_prompts(self._model, self.source, prompts)
 
     def text_tower(self) -> TextTower:
@@ -135,31 +129,16 @@ def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[s
 
 
 def load_clip(model: str, pretrained: str) -> Clip:
-    """Load a CLIP in fp32 on the CPU; every parameter of its image tower has `requires_grad`."""
+    """Load a CLIP in fp32 on the CPU; every parameter of its image tower has `requires_grad`.
+
+    The weights of `random` depend on torch's global generator. No weights advance it.
+    """
     source = find_clip(model, pretrained)
-    clip = _pristine(model, pretrained)
+    with torch.random.fork_rng(devices=[]):
+        clip = _create(source).eval()
     visual = VisionTower(clip.visual, source.preprocess_cfg["mean"], source.preprocess_cfg["std"])
     del clip.visual
-    key = None if source.random else (model, pretrained)
-    return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip, key)
-
-
-def _pristine(model: str, pretrained: str) -> open_clip.CLIP:
-    """A CLIP of the caller's own; draws nothing from the global generator, but the weights of `random` depend on it."""
-    with torch.random.fork_rng(devices=[]):
-        if keep.keeping and pretrained != "random":
-            return copy.deepcopy(_load(model, pretrained))
-        return _create(find_clip(model, pretrained)).eval()
-
-
-@keep.kept
-def _load(model: str, pretrained: str) -> open_clip.CLIP:
-    return _create(find_clip(model, pretrained)).eval()
-
-
-@keep.kept
-def _text_features(model: str, pretrained: str, prompts: tuple[str, ...]) -> Tensor:
-    return encode_prompts(_load(model, pretrained), find_clip(model, pretrained), prompts)
+    return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip)
 
 
 def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) -> None:

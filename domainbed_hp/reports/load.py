@@ -21,21 +21,10 @@ import pandas as pd
 from domainbed_hp.records import FILE_NAME, Record
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.reading import Layout, columns, read, walk
+from domainbed_hp.run_args import PROTOCOL, REMOVED
 from domainbed_hp.run_dir import DONE
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_sweep
 
-PROTOCOL = {
-    "algorithm": None,
-    "steps": None,
-    "holdout_fraction": 0.2,
-    "uda_holdout_fraction": 0.0,
-    "eval_images": None,
-    "task": "domain_generalization",
-    "precision": "fp32",
-    "loader": "batched",
-}
-"""Arguments that two runs must share, besides overrides of hparams, to be averaged into one cell of a table; and what
-`train` takes for those that a sweep leaves out."""
 IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
 """Arguments that say where in a table the records of a run belong."""
 WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
@@ -251,7 +240,7 @@ def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
     names = dict.fromkeys(name for each in overrides_of for name in each or ())
     found = []
     for member, args, own in zip(members, args_of, overrides_of, strict=True):
-        values = {name: args[name] for name in PROTOCOL if name in args}
+        values = REMOVED | {name: args[name] for name in PROTOCOL if name in args}
         if own is not None:
             values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
         if isinstance(member, Run):

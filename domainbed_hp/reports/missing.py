@@ -17,6 +17,7 @@ from typing import Any
 
 from domainbed_hp.model_selection import LeaveOneOut, SelectionMethod
 from domainbed_hp.reports.load import Collected
+from domainbed_hp.run_args import REMOVED, name_flags
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.sweep.jobs import Job
 
@@ -103,11 +104,10 @@ def alike(args: dict[str, Any], k: Key, output_dir: Path) -> Job:
     test_envs, trial, hparams_seed = k
     dataset, algorithm = args["dataset"], args["algorithm"]
     seed = seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial)
-    kept = {name: value for name, value in args.items() if name not in ("output_dir", "imports") and value}
-    if args.get("imports"):
-        kept["import"] = list(args["imports"])
+    kept = {name: value for name, value in name_flags(args).items() if name != "output_dir" and value}
+    kept = {name: value for name, value in kept.items() if (name, value) not in REMOVED.items()}
     new = {"test_envs": list(test_envs), "trial_seed": trial, "hparams_seed": hparams_seed, "seed": seed}
-    return Job.under(output_dir, {**kept, **new})
+    return Job.create(output_dir, {**kept, **new})
 
 
 def describe(missing: Iterable[Missing]) -> list[str]:

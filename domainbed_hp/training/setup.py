@@ -9,61 +9,22 @@ from typing import Any
 
 import torch
 
-from domainbed_hp import hparams_registry, keep
+from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.datasets.loading.loader import ReferenceSteps, TrainSteps
+from domainbed_hp.datasets.loading.loader import TrainSteps
 from domainbed_hp.datasets.loading.transforms import Views
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.model_io import Recipe
 
 WORKERS = 8
 """At most so many loader threads where the model is on a GPU; on the CPU it loads by itself."""
 
 EXAMPLE = """'{"lr": 1e-4}'"""
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The arguments of a run, written verbatim into every record. Defaults and meaning are DomainBed's train.py's."""
-
-    output_dir: str
-    data_dir: str | None = None
-    dataset: str = "ShapesDG"
-    algorithm: str = "HeadPurification"
-    task: str = "domain_generalization"
-    hparams: str | None = None
-    """JSON object of overrides."""
-    hparams_seed: int = 0
-    trial_seed: int = 0
-    seed: int = 0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    test_envs: tuple[int, ...] = (0,)
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
-    skip_model_save: bool = False
-    save_model_every_checkpoint: bool = False
-    save: str = "trained"
-    """Of the model: `trained`, what rebuilds it together with the pretrained weights, or `full`."""
-    keep: str = "last"
-    """`best`: also the model that training-domain validation would select."""
-    device: str | None = None
-    precision: str = "fp32"
-    compile: str = "auto"
-    """Whether to compile and capture steps; see `speed.py`."""
-    imports: tuple[str, ...] = ()
-    label: str | None = None
-    eval_images: int | None = None
-    loader: str = "batched"
-    num_workers: int | None = None
-    features: str = "cached"
-    """Of a tower that never changes; `encode`: computed anew for each batch."""
-    eval: str = "full"
-    """`fast`: records score no `in` split of a training environment, which no selection rule reads."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +86,18 @@ class Plan:
 
     def batches(self) -> TrainSteps:
         """The labeled minibatches of each step."""
-        kind = ReferenceSteps if self.args.loader == "reference" else TrainSteps
-        return self._steps(kind, self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
+        return self._steps(self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
 
     def unlabeled_batches(self) -> TrainSteps | None:
         """Those of the test environments, for domain adaptation."""
         if self.args.task != "domain_adaptation":
             return None
-        return self._steps(TrainSteps, list(self.args.test_envs), unlabeled=True)
+        return self._steps(list(self.args.test_envs), unlabeled=True)
 
-    def _steps(self, kind: type[TrainSteps], envs: list[int], **options: bool) -> TrainSteps:
+    def _steps(self, envs: list[int], **options: bool) -> TrainSteps:
         batch_size, seed = self.hparams["batch_size"], self.args.seed
         environments = self.dataset.environments
-        return kind(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
+        return TrainSteps(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
 
 
 def plan(args: RunArgs) -> Plan:
@@ -154,7 +114,8 @@ def plan(args: RunArgs) -> Plan:
         got = f"{steps}, {freq} and {num_workers}"
         raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
     preprocess = algorithm.preprocess(hparams, spec.image_size)
-    dataset = opened(args.dataset, args.data_dir, preprocess, args.loader == "reference")
+    data_dir = Path(args.data_dir) if args.data_dir else None
+    dataset = open_dataset(spec, data_dir, preprocess)
     lengths = [len(images) for images in dataset.environments]
     split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
@@ -164,11 +125,6 @@ def plan(args: RunArgs) -> Plan:
     run = Plan(args, algorithm, hparams, dataset, split, train_envs, preprocess, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run
-
-
-@keep.kept
-def opened(name: str, data_dir: str | None, preprocess: Preprocess, decode: bool) -> Dataset:
-    return open_dataset(find_spec(name, data_dir), Path(data_dir) if data_dir else None, preprocess, decode=decode)
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

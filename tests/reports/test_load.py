@@ -92,6 +92,12 @@ def test_a_second_run_in_a_file_is_a_run_of_its_own(tmp_path):
     assert load(tmp_path).frame["run"].tolist() == [0, 1, 1]
 
 
+def test_a_record_names_its_loader_only_in_older_versions():
+    assert rows(minimal(), minimal(trial_seed=1, loader="batched")) == ["ERM", "ERM"]
+    told = [f"ERM (loader={name})" for name in ("batched", "reference")]
+    assert rows(minimal(), minimal(trial_seed=1, loader="reference")) == told
+
+
 @pytest.mark.parametrize(
     ("key", "one", "other", "told"),
     [
@@ -155,7 +161,7 @@ def test_an_override_of_weights_that_is_what_others_have_anyway_is_no_other_prot
 
 
 def test_the_defaults_of_the_protocol_are_those_of_a_run():
-    from domainbed_hp.training.setup import RunArgs
+    from domainbed_hp.run_args import RunArgs
 
     names = {f.name: f.default for f in fields(RunArgs)}
     assert {**{name: names[name] for name in PROTOCOL}, "algorithm": None} == {**PROTOCOL, "algorithm": None}

@@ -97,8 +97,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the local launcher was called with, in place of launching: commands, options, commands, ..."""
     calls: list[Any] = []
 
-    def launch(commands: list[list[str]], max_parallel: int | None = None, jobs_per_process: int = 1) -> list[int]:
-        calls.extend([commands, {"max_parallel": max_parallel, "jobs_per_process": jobs_per_process}])
+    def launch(commands: list[list[str]], max_parallel: int | None = None) -> list[int]:
+        calls.extend([commands, {"max_parallel": max_parallel}])
         return [0] * len(commands)
 
     monkeypatch.setattr("domainbed_hp.launchers.local.launch", launch)
@@ -497,8 +497,8 @@ def test_a_flag_of_another_command(stubs: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_only_launcher_options_that_were_given_are_passed(stubs: Path, launched: list[Any]) -> None:
-    assert run(script.main, ["launch", *DEBUG, "--jobs_per_process", "4", "--skip_confirmation"]) == 0
-    assert launched[1] == {"max_parallel": None, "jobs_per_process": 4}
+    assert run(script.main, ["launch", *DEBUG, "--max_parallel", "4", "--skip_confirmation"]) == 0
+    assert launched[1] == {"max_parallel": 4}
 
 
 def test_a_file_s_launcher_options_are_for_its_launcher(
@@ -621,7 +621,7 @@ FEW = "n_trials = 1\nn_hparams = 1\n"
         (["--eval_images", "-1"], "eval_images is -1"),
         (
             ["--jobs_per_gpu", "2"],
-            "unknown option of launcher local 'jobs_per_gpu'. Did you mean 'jobs_per_process'? Known: max_p",
+            "unknown option of launcher local 'jobs_per_gpu'. Known: max_p",
         ),
         (["--slurm", "partition"], "--slurm partition: expected KEY=VALUE"),
         (["--test_envs", "a"], "--test_envs a: expected numbers"),
@@ -647,7 +647,7 @@ def test_mistakes_are_refused_before_any_folder_exists(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: 'loader = "batch"\n' + t, "'batch'. Did you mean 'batched'? Known: batched, reference"),
+        (lambda t: 'loader = "batched"\n' + t, "unknown key of --config s.toml: 'loader'"),
         (lambda t: 'precision = "fp16"\n' + t, "Known: fp32, bf16"),
         (lambda t: "n_trails = 1\n" + t, "unknown key of --config s.toml: 'n_trails'. Did you mean 'n_trials'?"),
         (lambda t: 'n_trials = "1"\n' + t, "n_trials is '1'; expected int"),
@@ -706,7 +706,7 @@ def test_where_data_lie_and_who_loads_them_is_not_the_identity() -> None:
     (moved,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], data_dir="x", num_workers=0)
     assert moved.folder == plain.folder and "--data_dir" in moved.command
     assert "--num_workers 0" in " ".join(moved.command)
-    (other,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], loader="reference")
+    (other,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], precision="bf16")
     assert other.folder != plain.folder
 
 
