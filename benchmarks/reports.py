@@ -23,8 +23,6 @@ import numpy as np
 from common import format_spread, interleave
 
 from domainbed_hp import run_dir
-from domainbed_hp.sweep.jobs import save
-from domainbed_hp.sweep.spec import SweepSpec, described, make_jobs
 
 STEPS = 17
 COLLECT = [sys.executable, "-m", "domainbed_hp.scripts.collect_results", "--input_dir"]
@@ -61,14 +59,16 @@ def write_runs(folder: Path, count: int) -> None:
 
 def write_jobs(folder: Path, count: int, files: int) -> None:
     """Write a sweep of jobs that are, in turn, in the states of the first `files` entries of FILES."""
-    values = {"output_dir": str(folder), "datasets": ["PACS", "VLCS"], "rows": [{"algorithm": "ERM"}]}
-    spec = SweepSpec.of({**values, "n_trials": -(-count // 400)}, "benchmark")
-    jobs = make_jobs(spec, spec.rows)[:count]
-    for i, job in enumerate(jobs):
+    jobs = []
+    for i in range(count):
+        args = {"algorithm": "ERM", "dataset": "PACS", "test_envs": [i % 4], "trial_seed": i // 4, "hparams_seed": 0}
+        jobs.append({"folder": f"{i:032x}", "args": args | {"holdout_fraction": 0.2, "seed": i}})
         name, text = FILES[i % files]
-        job.folder.mkdir(parents=True)
-        (job.folder / name).write_text(text)
-    save(folder, described(spec, spec.rows), jobs, others=False)
+        (folder / f"{i:032x}").mkdir(parents=True)
+        (folder / f"{i:032x}" / name).write_text(text)
+    rows = [{"algorithm": "ERM", "label": "ERM", "hparams": {}}]
+    sweep = {"version": "0", "spec": {"output_dir": str(folder)}, "rows": rows, "jobs": jobs}
+    (folder / "sweep.json").write_text(json.dumps(sweep))
 
 
 def time_process(command: list[str], folder: Path) -> float:

@@ -29,6 +29,9 @@ CHECKED = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names
 SCRIPTS = sorted(path.stem for path in (ROOT / "domainbed_hp" / "scripts").glob("[!_]*.py"))
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
 HEADPURIFICATION = "### `HeadPurification`"
+MINI_SWEEP = (
+    """ --single_test_envs --n_trials 1 --n_hparams 1 --hparams '{"clip_model": "mini", "clip_pretrained": "shapes"}'"""
+)
 
 
 def text_of(page: str) -> str:
@@ -328,6 +331,34 @@ def test_the_check_of_a_method_passes(tmp_path: Path) -> None:
     (tmp_path / "check.py").write_text(check)
     result = shell("python check.py", tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_selection_rule_of_ones_own_makes_tables(tmp_path: Path) -> None:
+    (code,) = (b for b in blocks("docs/add_a_method.md", "python") if "class LastRecord" in b)
+    (tmp_path / "my_rule.py").write_text(code)
+    args = {"algorithm": "ERM", "dataset": "PACS", "test_envs": [0], "trial_seed": 0, "hparams_seed": 0}
+    accs = {f"env{i}_{split}_acc": 0.5 for i in range(4) for split in ("in", "out")}
+    records = [
+        accs | {"args": args, "step": 0, "env1_out_acc": 0.9},
+        accs | {"args": args, "step": 300, "env0_in_acc": 0.75},
+    ]
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "results.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    collect = "python -m domainbed_hp.scripts.collect_results --import my_rule --input_dir runs"
+    tables = shell(collect, tmp_path).stdout.split("\n\n")
+    assert " 75.0 +/- 0.0 " in next(t for t in tables if "training-domain validation set, last record\n" in t)
+    assert " 50.0 +/- 0.0 " in next(t for t in tables if "training-domain validation set\n" in t)
+
+
+@pytest.mark.slow
+def test_a_launcher_of_ones_own_runs_jobs(tmp_path: Path) -> None:
+    (code,) = (b for b in blocks("docs/add_a_method.md", "python") if "def launch" in b)
+    (command,) = (b for b in blocks("docs/add_a_method.md", "sh") if "--import my_cluster" in b)
+    (tmp_path / "my_cluster.py").write_text(code)
+    less = "--algorithms ZeroShotCLIP --datasets Debug28 --output_dir out --skip_confirmation"
+    result = shell(command.strip().replace("--config sweeps/quickstart.toml", less) + MINI_SWEEP, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("out/*/done"))) == 3
 
 
 def test_a_named_data_set_of_ones_own_trains(tmp_path: Path) -> None:
