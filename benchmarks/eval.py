@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.training.evaluation import evaluation, score
 from domainbed_hp.training.feature_cache import cached_features
 from domainbed_hp.training.loop import seed_everything
@@ -65,7 +65,7 @@ def exported(method: ClipAlgorithm, frozen: ClipAlgorithm) -> ClipAlgorithm:
 class Scoring:
     """Seconds in which an algorithm scores images of the environments of a run."""
 
-    def __init__(self, run: Plan, algorithm: ClipAlgorithm, workers: Workers) -> None:
+    def __init__(self, run: Plan, algorithm: ClipAlgorithm, workers: ThreadPool) -> None:
         self.run, self.algorithm, self.workers = run, algorithm.to(run.device), workers
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
 
@@ -113,7 +113,7 @@ def main() -> None:
         prepare_for(run_args(FROZEN))
         with quiet():
             method, lora, frozen, plain = map(model, map(run_args, ("HeadPurification", "LoRA", FROZEN, FROZEN)))
-        with Workers(method[0].num_workers) as workers:
+        with ThreadPool(method[0].num_workers) as workers:
             scorings = {
                 ENCODE: Scoring(*frozen, workers),
                 "HeadPurification": Scoring(*method, workers),

@@ -22,7 +22,7 @@ import torch
 from common import spread, subset
 from tabulate import tabulate
 
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation
 from domainbed_hp.training.feature_cache import cached_features
 from domainbed_hp.training.loop import seed_everything
@@ -57,7 +57,7 @@ def variants(folder: Path, prompt: str, batch: int, device: str | None) -> tuple
     seed_everything(0)
     algorithm = build(run.recipe).to(run.device)
     start = time.perf_counter()
-    with evaluation(algorithm), Workers(run.num_workers) as workers:
+    with evaluation(algorithm), ThreadPool(run.num_workers) as workers:
         features = cached_features(run, algorithm, EVAL_BATCH[run.device.type], workers)
     assert features is not None
     return Variant(run.on(features), algorithm), Variant(run, algorithm), time.perf_counter() - start
