@@ -100,21 +100,19 @@ class Slot:
 
     def start(self, command: Sequence[str]) -> None:
         self.log = Log(command)
-        self.process = self.spawn(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-    def spawn(self, command: Sequence[str], stdin: int, stdout: int) -> subprocess.Popen[bytes]:
-        """In a process group of its own: Ctrl-C reaches the launcher alone, so that a job gets one signal, not two."""
-        return subprocess.Popen(
-            command, env=self.environment, stdin=stdin, stdout=stdout, stderr=self.log.file, process_group=0
+        self.process = subprocess.Popen(
+            command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.file,
+            process_group=0,  # Ctrl-C reaches the launcher alone, so that a job gets one signal, not two
         )
 
     def poll(self) -> int | None:
         """The exit code of the job, None while it runs."""
         assert self.process is not None
         return self.process.poll()
-
-    def close(self) -> None:
-        """There are no more jobs."""
 
 
 def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[int]:
@@ -153,9 +151,7 @@ def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[in
             time.sleep(POLL_S if running else 0)
     finally:
         bar.close()
-        for slot in slots:
-            slot.close()
-        end([slot.process for slot in slots if slot.process], [s.process for s in running.values() if s.process])
+        end([slot.process for slot in running.values() if slot.process])
     return codes
 
 
@@ -175,14 +171,15 @@ def report(command: Sequence[str], code: int, lines: Sequence[str]) -> None:
     tqdm.write(f"{how}: {folder}" + ("" if stopped(code) else f"\n    {last}{more}"), file=sys.stderr)
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], busy: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the busy ones to stop, wait for all, and kill what is there after `GRACE_S` or a second interrupt."""
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask jobs to stop, wait for them, and kill those that run after `GRACE_S` or a second interrupt."""
+    if not processes:
+        return
     deadline = time.monotonic() + GRACE_S
     try:
-        for process in busy:
+        for process in processes:
             process.terminate()
-        if busy:
-            print(f"Waiting for {len(busy)} jobs to save their state; another interrupt kills them.", file=sys.stderr)
+        print(f"Waiting for {len(processes)} jobs to save their state; another interrupt kills them.", file=sys.stderr)
         for process in processes:
             process.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from domainbed_hp import keep
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
@@ -74,10 +73,10 @@ def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: T
     # An `encode` of its own may depend on what the key does not know of.
     if not isinstance(algorithm, ClipAlgorithm) or type(algorithm).encode is not ClipAlgorithm.encode:
         return None
-    if run.args.features == "encode" or not run.algorithm.frozen(run.hparams):
+    if run.args.features == "encode" or not run.algorithm.has_frozen_features(run.hparams):
         return None
     # A subclass may have unfrozen what its parent said is frozen.
-    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompts():
+    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompt_tokens():
         return None
     key = ingredients(run, algorithm)
     if not all(key["files"]):
@@ -108,7 +107,7 @@ def ingredients(run: Plan, algorithm: ClipAlgorithm) -> dict[str, Any]:
         "resize": run.preprocess.resize,
         "interpolation": run.preprocess.interpolation,
         "dataset": run.args.dataset,
-        "files": fingerprints(tuple(run.dataset.environments)),
+        "files": [views.fingerprint() for views in run.dataset.environments],
         "precision": run.args.precision,
         "device": run.device.type,
     }
@@ -123,12 +122,6 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()
 
 
-@keep.kept
-def fingerprints(environments: tuple[ImageViews, ...]) -> list[str]:
-    return [views.fingerprint() for views in environments]
-
-
-@keep.kept
 def opened(folder: Path) -> list[np.ndarray]:
     """The features in a folder, mapped; `FileNotFoundError` where there are none, `Damaged`."""
     about = (folder / ABOUT).read_bytes()

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -79,7 +78,7 @@ def test_never_more_than_max_parallel(tmp_path: Path, four_cores: None) -> None:
 
 
 def test_no_commands() -> None:
-    assert local.launch([]) == local.launch([], jobs_per_process=2) == dummy.launch([]) == multi_gpu.launch([]) == []
+    assert local.launch([]) == dummy.launch([]) == multi_gpu.launch([]) == []
 
 
 def test_a_job_without_a_folder_is_refused() -> None:
@@ -87,21 +86,18 @@ def test_a_job_without_a_folder_is_refused() -> None:
         local.launch([["train", "--output_dir"]])
 
 
-@pytest.mark.parametrize("options", [{"max_parallel": 0}, {"jobs_per_process": -1}])
-def test_numbers_below_one_are_refused(options: dict[str, int]) -> None:
+@pytest.mark.parametrize("max_parallel", [0, -1])
+def test_numbers_below_one_are_refused(max_parallel: int) -> None:
     with pytest.raises(UsageError, match="expected at least 1"):
-        local.launch([], **options)
+        local.launch([], max_parallel)
 
 
-@pytest.mark.parametrize("jobs_per_process", [1, 2])
-def test_what_is_done_or_running_is_not_started(
-    tmp_path: Path, jobs_per_process: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_done_or_running_is_not_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "done").write_text("done")
     commands = [child("raise RuntimeError", tmp_path / name) for name in ("done", "running")]
     with run_dir.claim(tmp_path / "running"):
-        assert local.launch(commands, jobs_per_process=jobs_per_process) == [EXIT_TAKEN, EXIT_TAKEN]
+        assert local.launch(commands) == [EXIT_TAKEN, EXIT_TAKEN]
     assert capfd.readouterr().err == ""
     assert not list(tmp_path.rglob(LOG))
 
@@ -123,13 +119,13 @@ def test_a_failed_job_is_reported_and_the_others_go_on(tmp_path: Path, capfd: py
     assert list((tmp_path / "good").iterdir()) == []
 
 
-@pytest.mark.parametrize("jobs_per_process", [1, 2])
 def test_a_folder_that_cannot_be_made_is_reported_and_the_others_go_on(
-    stub: Path, jobs_per_process: int, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    commands = [job("a"), job("file/b"), job("file"), job("c")]
-    assert local.launch(commands, 1, jobs_per_process) == [0, 1, 1, 0]
+    commands = [child("", Path(name)) for name in ("a", "file/b", "file", "c")]
+    assert local.launch(commands, 1) == [0, 1, 1, 0]
     reasons = ["file/b: cannot be written to: Not a directory", "file: cannot be written to: File exists"]
     assert capfd.readouterr().err.splitlines() == reasons
 
@@ -168,166 +164,35 @@ def test_a_job_that_was_stopped_goes_on_later(
     assert capfd.readouterr().err == f"stopped by SIGTERM, goes on when it is launched again: {tmp_path}\n"
 
 
-# A module with a `main`, for processes of its own and for workers.
-STUB = """
-import json, os, pathlib, signal, sys, textwrap, time
-from domainbed_hp import registry
-from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import Taken
-from domainbed_hp.scripts import run
-
-def save(number, frame):
-    with open("saved", "a") as file:
-        file.write(signal.Signals(number).name + "\\n")
-    raise SystemExit(128 + number)
-
-def main(argv=None):
-    folder, what = pathlib.Path(argv[1]), argv[2]
+# Notes the signal that asks it to stop, or ignores it.
+WAIT = """
+    import os, pathlib, signal, sys, time
+    folder = pathlib.Path(sys.argv[2])
+    def save(number, frame):
+        with open(folder / "saved", "a") as file:
+            file.write(signal.Signals(number).name)
+        sys.exit(128 + number)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "ignore" in sys.argv else save)
     (folder / "pid").write_text(str(os.getpid()))
-    if what == "wait":
-        signal.signal(signal.SIGTERM, save)
-        os.chdir(folder)
-        pathlib.Path("started").touch()
-        time.sleep(600)
-    exec("def body(folder):\\n" + textwrap.indent(what or "pass", "    "))
-    return locals()["body"](folder) or 0
-
-if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    (folder / "started").touch()
+    time.sleep(600)
 """
 
 
 @pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "stub.py").write_text(STUB)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return tmp_path
-
-
-def job(name: str, what: str = "") -> list[str]:
-    return [sys.executable, "-m", "stub", "--output_dir", name, what]
-
-
-@pytest.mark.slow
-def test_a_worker_runs_several_jobs_and_is_replaced(stub: Path) -> None:
-    names = list("abcde")
-    assert local.launch([job(name) for name in names], max_parallel=1, jobs_per_process=2) == [0] * 5
-    pids = [(stub / name / "pid").read_text() for name in names]
-    assert [len(set(pids[:2])), len(set(pids[2:4])), len(set(pids))] == [1, 1, 3]
-
-
-def test_a_worker_that_was_told_to_stop_gets_no_more_jobs(stub: Path) -> None:
-    assert local.launch([job("a", "sys.exit(143)"), job("b")], max_parallel=1, jobs_per_process=2) == [143, 0]
-    assert (stub / "a" / "pid").read_text() != (stub / "b" / "pid").read_text()
-
-
-@pytest.mark.slow
-def test_workers_beside_each_other(stub: Path, four_cores: None) -> None:
-    meet = "import time\nfor _ in range(400):\n if pathlib.Path({other!r}, 'pid').exists(): return 0\n time.sleep(0.05)"
-    commands = [job("a", meet.format(other="b") + "\nreturn 1"), job("b", meet.format(other="a") + "\nreturn 1")]
-    assert local.launch(commands, max_parallel=2, jobs_per_process=5) == [0, 0]
-
-
-ENDINGS = [
-    "return 3",
-    "sys.exit()",
-    "sys.exit(4)",
-    "sys.exit('words')",
-    "raise UsageError('bad input')",
-    "raise Taken('taken')",
-    "raise RuntimeError('the reason')",
-    "raise KeyboardInterrupt",
-    "os._exit(5)",
-    "os.kill(os.getpid(), signal.SIGKILL)",
-    "raise SystemExit(143)",
-    "print('not a code'); print(sys.stdin.read())",
-    "os.write(2, b'from C')",
-    "",
-]
-
-
-@pytest.mark.slow
-def test_a_job_of_a_worker_ends_as_in_a_process_of_its_own(stub: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def launch(prefix: str, jobs_per_process: int) -> tuple[list[int], list[str | None]]:
-        commands = [job(f"{prefix}{i}", what) for i, what in enumerate(ENDINGS)]
-        codes = local.launch(commands, max_parallel=2, jobs_per_process=jobs_per_process)
-        logs = [Path(f"{prefix}{i}", LOG) for i in range(len(ENDINGS))]
-        said = [log.read_text().strip().splitlines()[-1] if log.exists() else None for log in logs]
-        return codes, said
-
-    apart, together = launch("apart", 1), launch("together", 100)
-    assert apart == together
-    assert apart[0] == [3, 0, 4, 1, 2, 75, 1, -2, 5, -9, 143, 0, 0, 0]
-    assert apart[1][3:7] == ["words", "error: bad input", "error: taken", "RuntimeError: the reason"]
-    assert apart[1][-2:] == ["from C", None]
-    assert "Traceback" in Path("together6", LOG).read_text()
-    reports = [line.replace("apart", "together") for line in capfd.readouterr().err.splitlines()]
-    half = len(reports) // 2
-    assert sorted(reports[:half]) == sorted(reports[half:])
-
-
-def test_nothing_leaks_from_one_job_to_the_next(stub: Path) -> None:
-    show = """
-import torch
-found = [dict(os.environ), os.getcwd(), sys.path, signal.getsignal(signal.SIGTERM).name, sys.stdout is sys.__stdout__]
-from torch.backends import cuda, cudnn, mkldnn
-found += [registry.ALGORITHMS, registry.PROMPTS, registry.DATASETS]
-found += [torch.get_num_threads(), str(torch.get_default_dtype())]
-found += [torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.get_deterministic_debug_mode()]
-found += [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32]
-found += [cudnn.conv.fp32_precision, mkldnn.matmul.fp32_precision, str(torch.empty(0).device)]
-(folder / "found.json").write_text(json.dumps(found))
-"""
-    change = """
-import io, torch
-os.environ["MINE"] = "1"; del os.environ["HOME"]
-sys.path.insert(0, "/mine"); sys.stdout = io.StringIO()
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-registry.ALGORITHMS["Mine"] = "mine:Mine"; registry.PROMPTS["Mine"] = "mine:Text"; registry.DATASETS.clear()
-torch.set_num_threads(3); torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False)
-torch.set_float32_matmul_precision("medium"); torch.use_deterministic_algorithms(True)
-cudnn = torch.backends.cudnn
-cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, True, False
-torch.backends.cuda.matmul.fp32_precision = "tf32"; torch.set_default_device("meta")
-os.chdir("/")
-"""
-    assert local.launch([job("a", show), job("b", change), job("c", show)], 1, jobs_per_process=3) == [0, 0, 0]
-    a, c = (json.loads((stub / name / "found.json").read_text()) for name in "ac")
-    assert [(x, y) for x, y in zip(a, c, strict=True) if x != y] == []
-    assert len({(stub / name / "pid").read_text() for name in "abc"}) == 1
-
-
-def test_what_a_plugin_sets_holds_for_every_job(stub: Path) -> None:
-    (stub / "plugin.py").write_text("import os, torch\ntorch.set_grad_enabled(False)\nos.environ['MINE'] = '1'")
-    body = "import plugin, torch; return int(torch.is_grad_enabled() or 'MINE' not in os.environ)"
-    commands = [[*job(name, body), "--import", "plugin"] for name in "ab"]
-    assert local.launch(commands, 1, jobs_per_process=2) == [0, 0]
-
-
-def test_a_folder_that_was_deleted_before_the_worker_came(stub: Path) -> None:
-    line = json.dumps({"module": "stub", "argv": ["--output_dir", "a", ""], "log": str(stub / "a" / LOG)})
-    worker = [sys.executable, "-m", "domainbed_hp.scripts.worker"]
-    assert subprocess.run(worker, input=line, text=True, capture_output=True).stdout == "0\n"
-
-
-def test_workers_need_modules(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="jobs_per_process needs commands"):
-        local.launch([child("", tmp_path)], jobs_per_process=2)
-
-
-@pytest.fixture
-def launcher(stub: Path) -> Iterator[Any]:
+def launcher(tmp_path: Path) -> Iterator[Any]:
     """Starts a launcher of jobs that wait, two at a time of three, and gives it when both have started."""
     processes = []
 
-    def start(jobs_per_process: int, what: str = "wait") -> "subprocess.Popen[bytes]":
-        commands = [job(name, what) for name in "abc"]
-        code = f"from domainbed_hp.launchers.local import launch; launch({commands!r}, 2, {jobs_per_process})"
+    def start(*args: str) -> "subprocess.Popen[bytes]":
+        commands = [child(WAIT, tmp_path / name, *args) for name in "abc"]
+        code = f"from domainbed_hp.launchers.local import launch; launch({commands!r}, 2)"
         # A session of its own: what Ctrl-C signals in a terminal.
-        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE, cwd=ROOT
+        )
         processes.append(process)
-        while not all((stub / name / "started").exists() for name in "ab"):
+        while not all((tmp_path / name / "started").exists() for name in "ab"):
             assert process.poll() is None
             time.sleep(0.02)
         return process
@@ -347,71 +212,25 @@ def gone(pid: Path) -> bool:
 
 
 @POSIX
-@pytest.mark.parametrize("jobs_per_process", [1, 2])
-def test_an_interrupt_lets_jobs_save_and_starts_no_more(stub: Path, launcher: Any, jobs_per_process: int) -> None:
-    process = launcher(jobs_per_process)
+def test_an_interrupt_lets_jobs_save_and_starts_no_more(tmp_path: Path, launcher: Any) -> None:
+    process = launcher()
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert b"KeyboardInterrupt" in error
     assert b"Waiting for 2 jobs to save their state" in error
-    assert all((stub / name / "saved").read_text() == "SIGTERM\n" for name in "ab"), "one signal each"
-    assert all(gone(stub / name / "pid") for name in "ab")
-    assert not (stub / "c").exists()
+    assert all((tmp_path / name / "saved").read_text() == "SIGTERM" for name in "ab"), "one signal each"
+    assert all(gone(tmp_path / name / "pid") for name in "ab")
+    assert not (tmp_path / "c").exists()
 
 
 @POSIX
-def test_a_second_interrupt_kills(stub: Path, launcher: Any) -> None:
-    process = launcher(
-        1, "signal.signal(signal.SIGTERM, signal.SIG_IGN); (folder / 'started').touch(); time.sleep(600)"
-    )
+def test_a_second_interrupt_kills(tmp_path: Path, launcher: Any) -> None:
+    process = launcher("ignore")
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline().startswith(b"Waiting for 2 jobs")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
-    assert all(gone(stub / name / "pid") for name in "ab")
-
-
-@pytest.mark.slow
-@POSIX
-def test_a_worker_outlives_its_launcher_by_one_job(stub: Path, launcher: Any) -> None:
-    wait = "(folder / 'started').touch()\nwhile not pathlib.Path('go').exists(): time.sleep(0.02)\n"
-    process = launcher(2, wait + "(folder / 'end').touch()")
-    process.kill()
-    (stub / "go").touch()
-    deadline = time.monotonic() + 20
-    while not all(gone(stub / name / "pid") for name in "ab") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(gone(stub / name / "pid") and (stub / name / "end").exists() for name in "ab")
-    assert not (stub / "c").exists()
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """A run's records but for times."""
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["args"].pop("output_dir")
-    return [{key: value for key, value in line.items() if key not in ("step_time", "elapsed_s")} for line in lines]
-
-
-@pytest.mark.slow
-def test_results_of_a_shared_process_are_those_of_separate_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    hparams = json.dumps({"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2})
-    train = [sys.executable, "-m", "domainbed_hp.scripts.train", "--dataset", "Debug28", "--hparams", hparams]
-    train += ["--steps", "3", "--checkpoint_freq", "2", "--eval_images", "4", "--skip_model_save"]
-
-    def launch(name: str, algorithms: list[str], jobs_per_process: int) -> list[list[dict[str, Any]]]:
-        folders = [tmp_path / name / str(i) for i in range(len(algorithms))]
-        pairs = zip(algorithms, folders, strict=True)
-        commands = [[*train, "--algorithm", algorithm, "--output_dir", str(folder)] for algorithm, folder in pairs]
-        assert local.launch(commands, 1, jobs_per_process) == [0] * len(commands)
-        return [records(folder) for folder in folders]
-
-    purified, shared = launch("apart", ["HeadPurification", "LoRA"], 1)
-    assert launch("together", ["HeadPurification", "LoRA", "HeadPurification"], 3) == [purified, shared, purified]
-    assert len(purified) == len(shared) == 2 and purified != shared
+    assert all(gone(tmp_path / name / "pid") for name in "ab")
 
 
 @pytest.fixture

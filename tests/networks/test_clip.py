@@ -96,3 +96,11 @@ def test_random_weights_cannot_be_exported(tmp_path: Path) -> None:
     source = find_clip("mini", "random")
     with pytest.raises(UsageError, match="cannot be exported"):
         clip.export_clip(source, {}, tmp_path)
+
+
+@pytest.mark.parametrize("pretrained", ["shapes", "random"])
+def test_loading_draws_nothing_from_the_global_generator(pretrained: str) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    load_clip("mini", pretrained)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -53,6 +53,13 @@ def test_delete_touches_nothing_that_is_running_or_done(tmp_path: Path) -> None:
     assert (done.folder / "done").exists()
 
 
+def test_a_sweep_of_an_earlier_version_is_read_whatever_its_spec_holds(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, "ERM")
+    with listed(tmp_path, sweep_of("ERM") | {"spec": {"jobs_per_process": 20}}, jobs):
+        pass
+    assert load_jobs(tmp_path) == jobs
+
+
 def test_what_was_launched_stays_listed_and_what_was_not_is_forgotten(tmp_path: Path) -> None:
     first = jobs_of(tmp_path, "ERM")
     with listed(tmp_path, sweep_of("ERM"), first):

@@ -39,9 +39,7 @@ GOLDEN = [
 
 
 class StubERM:
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3)}
+    HPARAMS = {"lr": HParam(1e-3)}
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
@@ -53,9 +51,7 @@ class StubERM:
 
 
 class StubLoRA(StubERM):
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3), "lora_rank": HParam(4)}
+    HPARAMS = {"lr": HParam(1e-3), "lora_rank": HParam(4)}
 
 
 STUB_TRAIN = """
@@ -97,8 +93,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the local launcher was called with, in place of launching: commands, options, commands, ..."""
     calls: list[Any] = []
 
-    def launch(commands: list[list[str]], max_parallel: int | None = None, jobs_per_process: int = 1) -> list[int]:
-        calls.extend([commands, {"max_parallel": max_parallel, "jobs_per_process": jobs_per_process}])
+    def launch(commands: list[list[str]], max_parallel: int | None = None) -> list[int]:
+        calls.extend([commands, {"max_parallel": max_parallel}])
         return [0] * len(commands)
 
     monkeypatch.setattr("domainbed_hp.launchers.local.launch", launch)
@@ -497,8 +493,8 @@ def test_a_flag_of_another_command(stubs: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_only_launcher_options_that_were_given_are_passed(stubs: Path, launched: list[Any]) -> None:
-    assert run(script.main, ["launch", *DEBUG, "--jobs_per_process", "4", "--skip_confirmation"]) == 0
-    assert launched[1] == {"max_parallel": None, "jobs_per_process": 4}
+    assert run(script.main, ["launch", *DEBUG, "--max_parallel", "4", "--skip_confirmation"]) == 0
+    assert launched[1] == {"max_parallel": 4}
 
 
 def test_a_file_s_launcher_options_are_for_its_launcher(
@@ -621,7 +617,7 @@ FEW = "n_trials = 1\nn_hparams = 1\n"
         (["--eval_images", "-1"], "eval_images is -1"),
         (
             ["--jobs_per_gpu", "2"],
-            "unknown option of launcher local 'jobs_per_gpu'. Did you mean 'jobs_per_process'? Known: max_p",
+            "unknown option of launcher local 'jobs_per_gpu'. Known: max_p",
         ),
         (["--slurm", "partition"], "--slurm partition: expected KEY=VALUE"),
         (["--test_envs", "a"], "--test_envs a: expected numbers"),

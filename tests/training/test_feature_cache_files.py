@@ -18,7 +18,6 @@ from featured import IMAGES, args, computed, folders, go
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from domainbed_hp import keep
 from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.spec import ArrayImages
 from domainbed_hp.networks.clip import MINI
@@ -229,15 +228,6 @@ def test_images_without_a_fingerprint_are_not_cached(
 ) -> None:
     monkeypatch.delattr("domainbed_hp.datasets.folder.FolderImages.fingerprint")
     assert computed(drawn) == [] and not feature_cache.exists()
-
-
-def test_a_process_that_keeps_digests_once(drawn: Path, feature_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed(drawn)
-    monkeypatch.setattr(keep, "keeping", True)
-    first = computed(drawn)
-    (folder,) = folders(feature_cache)
-    flip(feature_cache / folder / "env0.npy")  # who reads again would see it
-    assert all(a.features is b.features for a, b in zip(first, computed(drawn), strict=True))
 
 
 def test_images_that_inherit_their_fingerprint_are_not_told_apart_by_it() -> None:
