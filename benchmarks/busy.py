@@ -27,9 +27,9 @@ from common import prepare_for, spread, subset, synchronise, turns
 
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.training.cuda_graph import speed_up
-from domainbed_hp.training.loop import untrained
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.cuda_graph import speed_up_training
+from domainbed_hp.training.model_io import build_algorithm
+from domainbed_hp.training.setup import RunArgs, set_up_run
 
 CORES = 8
 
@@ -61,9 +61,10 @@ class Training:
         hparams = json.dumps({"clip_model": options.model, "clip_pretrained": "random", "batch_size": batch})
         args = RunArgs("not written", folder, "PACS", hparams=hparams, device=options.device, precision="bf16")
         prepare_for(args)  # at the second size of batch it is there
-        self.run = plan(args)
-        self.batches, self.algorithm = self.run.batches(), untrained(self.run.recipe, 0).to(self.run.device)
-        speed_up(self.algorithm, self.run.device, options.compile, self.run.steps)
+        self.run = set_up_run(args)
+        self.batches = self.run.make_train_loader()
+        self.algorithm = build_algorithm(self.run.model_spec, 0).to(self.run.device)
+        speed_up_training(self.algorithm, self.run.device, options.compile, self.run.steps)
         self.there = next(self.loaded(range(1)))
 
     def loaded(self, steps: range) -> Iterator[list[Minibatch]]:

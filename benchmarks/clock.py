@@ -72,9 +72,9 @@ class Clock:
 @contextlib.contextmanager
 def timers(clock: Clock, algorithm: type[Algorithm]) -> Iterator[None]:
     """Around all that makes up the parts of a run of `algorithm`."""
-    run, optim = loop.Training, torch.optim
+    run, optim = loop.TrainingLoop, torch.optim
     places: dict[str, list[tuple[Any, str]]] = {
-        "start": [(loop, "plan"), (run, "__init__")],
+        "start": [(loop, "set_up_run"), (run, "__init__")],
         "augment": [(Batch, "to")],
         "forward": [(algorithm, "update")],
         "backward": [
@@ -84,8 +84,8 @@ def timers(clock: Clock, algorithm: type[Algorithm]) -> Iterator[None]:
             (optim.Adam, "step"),
             (optim.SGD, "step"),
         ],
-        "evaluate": [(run, "scores"), (algorithm, "diagnose")],
-        "write": [(records, "append"), (run, "save_state"), (run, "save_model")],
+        "evaluate": [(run, "score"), (algorithm, "diagnose")],
+        "write": [(records, "append"), (run, "save_checkpoint"), (run, "save_model")],
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Workers, "map", clock.waiting("load", Workers.map)))

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from domainbed_hp.scripts.prepare import main as prepare
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.setup import RunArgs, set_up_run
 
 T = TypeVar("T")
 
@@ -34,10 +34,10 @@ def subset(data_dir: Path, folder: Path, images: int) -> None:
 def prepare_for(args: RunArgs) -> None:
     """Prepare what a run reads, as its tower wants it."""
     with quiet():
-        size, resize, interpolation, _ = plan(args).preprocess
+        size, resize, interpolation, _ = set_up_run(args).preprocess
         shape = ["--image_size", str(size), "--resize", resize, "--interpolation", interpolation, "--encoding", "raw"]
         prepare(["--data_dir", str(args.data_dir), "--dataset", args.dataset, *shape])
-        assert plan(args).dataset.source == "prepared, raw"
+        assert set_up_run(args).dataset.source == "prepared, raw"
 
 
 @contextlib.contextmanager

@@ -27,11 +27,10 @@ from tabulate import tabulate
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.training.evaluation import evaluation, score
-from domainbed_hp.training.feature_cache import cached_features
-from domainbed_hp.training.loop import seed_everything
-from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import Plan, RunArgs, find_device, plan
+from domainbed_hp.training.evaluation import evaluation_mode, score_split
+from domainbed_hp.training.feature_cache import load_cached_features
+from domainbed_hp.training.model_io import build_algorithm, seed_everything
+from domainbed_hp.training.setup import RunArgs, RunSetup, find_device, set_up_run
 
 BATCHES = {"cpu": (16, 64), "cuda": (64, 256, 1024)}
 IMAGES = {"cpu": 64, "cuda": 4096}
@@ -40,11 +39,11 @@ FROZEN = "ZeroShotCLIP"
 ENCODE = f"{FROZEN}, --features encode"
 
 
-def model(args: RunArgs) -> tuple[Plan, ClipAlgorithm]:
+def model(args: RunArgs) -> tuple[RunSetup, ClipAlgorithm]:
     """On the CPU; of one seed, so that the towers' random weights are the same, and what trains is moved."""
-    run = plan(args)
+    run = set_up_run(args)
     seed_everything(0)
-    algorithm = build(run.recipe)
+    algorithm = build_algorithm(run.model_spec)
     assert isinstance(algorithm, ClipAlgorithm)
     with torch.no_grad():
         for parameter in algorithm.parameters():
@@ -65,15 +64,15 @@ def exported(method: ClipAlgorithm, frozen: ClipAlgorithm) -> ClipAlgorithm:
 class Scoring:
     """Seconds in which an algorithm scores images of the environments of a run."""
 
-    def __init__(self, run: Plan, algorithm: ClipAlgorithm, workers: Workers) -> None:
+    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, workers: Workers) -> None:
         self.run, self.algorithm, self.workers = run, algorithm.to(run.device), workers
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
 
     def on_features(self, batch: int) -> "Scoring":
-        with quiet(), evaluation(self.algorithm), self.cast:
-            features = cached_features(self.run, self.algorithm, batch, self.workers)
+        with quiet(), evaluation_mode(self.algorithm), self.cast:
+            features = load_cached_features(self.run, self.algorithm, batch, self.workers)
         assert features is not None
-        return Scoring(self.run.on(features), self.algorithm, self.workers)
+        return Scoring(self.run.with_environments(features), self.algorithm, self.workers)
 
     def seconds(self, env: int, images: int, batch: int) -> float:
         run = self.run
@@ -81,8 +80,8 @@ class Scoring:
         loader = EvalLoader(views, np.resize(np.arange(len(views)), images), batch, self.workers, pin=run.on_gpu)
         synchronise(run.device)
         start = time.perf_counter()
-        with evaluation(self.algorithm), self.cast:
-            score(self.algorithm, loader, run.device, run.preprocess)
+        with evaluation_mode(self.algorithm), self.cast:
+            score_split(self.algorithm, loader, run.device, run.preprocess)
         synchronise(run.device)
         assert loader.batch_size == batch, f"batches of {batch} do not fit"
         return time.perf_counter() - start

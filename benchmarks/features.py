@@ -23,11 +23,10 @@ from common import spread, subset
 from tabulate import tabulate
 
 from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation
-from domainbed_hp.training.feature_cache import cached_features
-from domainbed_hp.training.loop import seed_everything
-from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import Plan, RunArgs, plan
+from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation_mode
+from domainbed_hp.training.feature_cache import load_cached_features
+from domainbed_hp.training.model_io import build_algorithm, seed_everything
+from domainbed_hp.training.setup import RunArgs, RunSetup, set_up_run
 
 TEXT_SIDES = ("random", "coop")
 
@@ -35,8 +34,8 @@ TEXT_SIDES = ("random", "coop")
 class Variant:
     """One way to train: steps follow each other over all rounds."""
 
-    def __init__(self, run: Plan, algorithm: Any) -> None:
-        self.run, self.algorithm, self.batches, self.t = run, algorithm, run.batches(), 0
+    def __init__(self, run: RunSetup, algorithm: Any) -> None:
+        self.run, self.algorithm, self.batches, self.t = run, algorithm, run.make_train_loader(), 0
 
     def seconds(self, steps: int) -> tuple[float, float]:
         """Per step, and of it for loading."""
@@ -53,14 +52,14 @@ class Variant:
 def variants(folder: Path, prompt: str, batch: int, device: str | None) -> tuple[Variant, Variant, float]:
     """Training on features and on images, and the seconds that computing the features took."""
     hparams = f'{{"prompt": "{prompt}", "clip_pretrained": "random", "batch_size": {batch}}}'
-    run = plan(RunArgs("not written", str(folder), "PACS", "FrozenCLIP", hparams=hparams, device=device))
+    run = set_up_run(RunArgs("not written", str(folder), "PACS", "FrozenCLIP", hparams=hparams, device=device))
     seed_everything(0)
-    algorithm = build(run.recipe).to(run.device)
+    algorithm = build_algorithm(run.model_spec).to(run.device)
     start = time.perf_counter()
-    with evaluation(algorithm), Workers(run.num_workers) as workers:
-        features = cached_features(run, algorithm, EVAL_BATCH[run.device.type], workers)
+    with evaluation_mode(algorithm), Workers(run.num_workers) as workers:
+        features = load_cached_features(run, algorithm, EVAL_BATCH[run.device.type], workers)
     assert features is not None
-    return Variant(run.on(features), algorithm), Variant(run, algorithm), time.perf_counter() - start
+    return Variant(run.with_environments(features), algorithm), Variant(run, algorithm), time.perf_counter() - start
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ import pytest
 from domainbed_hp import records
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.training import feature_cache
-from domainbed_hp.training.evaluation import evaluation
+from domainbed_hp.training.evaluation import evaluation_mode
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.model_io import build_algorithm
+from domainbed_hp.training.setup import RunArgs, set_up_run
 
 CLIP = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2}
 IMAGES = 60
@@ -48,8 +48,8 @@ def folders(feature_cache: Path) -> set[str]:
 
 def computed(data: Path, **settings: Any) -> list[Any]:
     """The environments of a run as features, without training."""
-    run = plan(args(Path("not_written"), data, **settings))
-    algorithm = build(run.recipe)
-    with evaluation(algorithm), Workers(0) as workers:
-        found = feature_cache.cached_features(run, algorithm, 16, workers)
+    run = set_up_run(args(Path("not_written"), data, **settings))
+    algorithm = build_algorithm(run.model_spec)
+    with evaluation_mode(algorithm), Workers(0) as workers:
+        found = feature_cache.load_cached_features(run, algorithm, 16, workers)
     return found or []

@@ -22,10 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for module in args.imports:
         import_plugin(module)
-    algorithm, recipe = load_model(args.run_dir)
+    algorithm, spec = load_model(args.run_dir)
     if not isinstance(algorithm, ClipAlgorithm):
-        raise UsageError(f"{args.run_dir}: {recipe.algorithm} is no CLIP under its text classifier")
-    source = find_clip(recipe.hparams["clip_model"], recipe.hparams["clip_pretrained"])
+        raise UsageError(f"{args.run_dir}: {spec.algorithm} is no CLIP under its text classifier")
+    source = find_clip(spec.hparams["clip_model"], spec.hparams["clip_pretrained"])
     export_clip(source, algorithm.merge(), args.output_dir)
     print(f"open_clip.create_model_and_transforms('local-dir:{args.output_dir}')")
     return 0

@@ -56,39 +56,38 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
     from domainbed_hp.datasets.loading.loader import eval_loaders
     from domainbed_hp.datasets.loading.prefetch import Workers
     from domainbed_hp.plugins import import_plugin
-    from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation, score, scored
-    from domainbed_hp.training.loop import untrained
-    from domainbed_hp.training.model_io import load_model
-    from domainbed_hp.training.run_log import versions
-    from domainbed_hp.training.setup import RunArgs, plan
-    from domainbed_hp.training.weight_averaging import WiSE, holding
+    from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation_mode, make_score_columns, score_split
+    from domainbed_hp.training.model_io import build_algorithm, load_model
+    from domainbed_hp.training.run_log import find_versions
+    from domainbed_hp.training.setup import RunArgs, set_up_run
+    from domainbed_hp.training.weight_averaging import WiSE, swap_weights
 
     if unknown := sorted(given.keys() ^ {field.name for field in fields(RunArgs)}):
         raise UsageError(f"{run_dir}: not a run of this version of domainbed_hp; its args differ in {unknown[:3]}")
     for module in given["imports"]:
         import_plugin(module)
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    of = plan(RunArgs(**settings))
+    of = set_up_run(RunArgs(**settings))
     if last["hparams"]["average"] != "none":
         raise UsageError(f"{run_dir}: the model is average={last['hparams']['average']} already; train with none")
     for alpha in alphas:
         WiSE.HPARAMS["wise_alpha"].check("wise_alpha", alpha)
-    trained, recipe = load_model(run_dir)
-    algorithm = untrained(recipe, of.args.seed).to(of.device)
+    trained, spec = load_model(run_dir)
+    algorithm = build_algorithm(spec, of.args.seed).to(of.device)
     wise = WiSE([p for p in algorithm.parameters() if p.requires_grad], of.hparams, of.steps)
     if not wise.parameters:
-        raise UsageError(f"{run_dir}: {recipe.algorithm} trained nothing, so there is nothing to interpolate")
+        raise UsageError(f"{run_dir}: {spec.algorithm} trained nothing, so there is nothing to interpolate")
     algorithm.load_state_dict(trained.trained_state(), strict=False)
     cast = torch.autocast(of.device.type, torch.bfloat16, enabled=of.args.precision == "bf16")
     environments, limit = of.dataset.environments, of.args.eval_images
     rows = {}
     with Workers(of.num_workers) as workers:
         batch_size = EVAL_BATCH["cuda" if of.on_gpu else "cpu"]
-        loaders = eval_loaders(environments, of.scored, batch_size, workers, max_images=limit, pin=of.on_gpu)
+        loaders = eval_loaders(environments, of.scored_splits, batch_size, workers, max_images=limit, pin=of.on_gpu)
         for alpha in alphas:
-            with holding(wise.parameters, wise.between(alpha)), evaluation(algorithm), cast:
-                scores = {name: score(algorithm, each, of.device, of.preprocess) for name, each in loaders.items()}
-            rows[alpha] = scored(scores, of.train_envs) | {"versions": versions(of.device)}
+            with swap_weights(wise.parameters, wise.interpolate(alpha)), evaluation_mode(algorithm), cast:
+                scores = {k: score_split(algorithm, loader, of.device, of.preprocess) for k, loader in loaders.items()}
+            rows[alpha] = make_score_columns(scores, of.train_envs) | {"versions": find_versions(of.device)}
     return rows
 
 

@@ -21,9 +21,9 @@ from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts.train import parser
 from domainbed_hp.sweep.spec import CHOICES, Row, SweepSpec, make_jobs
 from domainbed_hp.training import feature_cache as features_module
-from domainbed_hp.training.evaluation import evaluation
-from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.evaluation import evaluation_mode
+from domainbed_hp.training.model_io import build_algorithm
+from domainbed_hp.training.setup import RunArgs, set_up_run
 
 SLOW = pytest.mark.slow
 
@@ -124,8 +124,8 @@ def test_an_encode_of_its_own_is_not_cached(
 
 
 def test_features_are_those_of_the_images_in_order(drawn: Path, tmp_path: Path, feature_cache: Path) -> None:
-    run = plan(args(tmp_path / "run", drawn))
-    algorithm = build(run.recipe).eval()
+    run = set_up_run(args(tmp_path / "run", drawn))
+    algorithm = build_algorithm(run.model_spec).eval()
     for views, images in zip(computed(drawn), run.dataset.environments, strict=True):
         assert (views.labels == images.labels).all() and len(views) == len(images) == 20
         for i in (0, 7, 19):
@@ -135,7 +135,7 @@ def test_features_are_those_of_the_images_in_order(drawn: Path, tmp_path: Path, 
 
 
 def test_batches_of_features_are_not_scaled(drawn: Path, feature_cache: Path) -> None:
-    (views, *_), preprocess = computed(drawn), plan(args(Path("x"), drawn)).preprocess
+    (views, *_), preprocess = computed(drawn), set_up_run(args(Path("x"), drawn)).preprocess
     x, y = EvalLoader(views, [3, 1, 2], 3)[0].to(torch.device("cpu"), preprocess)
     assert torch.equal(x, torch.from_numpy(np.array(views.features[[3, 1, 2]]))) and y.tolist() == [1, 0, 1]
     batch = TrainSteps([views], [{"in": [5]}], [0], 2, preprocess, seed=0)[0][0]
@@ -199,7 +199,7 @@ def test_a_signal_stops_the_computation(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    encode = features_module.encoded
+    encode = features_module.FeatureCache.encode_images
 
     def stopped(*rest: Any) -> Iterator[np.ndarray]:
         yield next(encode(*rest))
@@ -207,11 +207,11 @@ def test_a_signal_stops_the_computation(
         pytest.fail("went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr(features_module, "encoded", stopped)
+        patch.setattr(features_module.FeatureCache, "encode_images", stopped)
         with pytest.raises(SystemExit) as end:
             go(tmp_path / "run", drawn)
     assert end.value.code == 128 + signal.SIGTERM and not folders(feature_cache)
-    assert "SIGTERM: stopped before any step; the same command goes on" in capsys.readouterr().out
+    assert "SIGTERM: stopped before any step; the same command resumes the run" in capsys.readouterr().out
     assert len(go(tmp_path / "run", drawn)) == 3
 
 
@@ -247,22 +247,25 @@ def test_a_short_look_at_many_images_encodes_the_few(
     drawn: Path, tmp_path: Path, feature_cache: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look = {"algorithm": "ZeroShotCLIP", "eval_images": 2, "hparams": {"batch_size": 1}}  # 10 images are scored
-    monkeypatch.setattr(features_module, "WORTH", 4)
+    monkeypatch.setattr(features_module, "MAX_RATIO", 4)
     few = go(tmp_path / "few", drawn, **look)
     assert not feature_cache.exists() and sum(encoded) < IMAGES
-    monkeypatch.setattr(features_module, "WORTH", 10)
+    monkeypatch.setattr(features_module, "MAX_RATIO", 10)
     go(tmp_path / "worth", drawn, **look)
-    monkeypatch.setattr(features_module, "WORTH", 4)
+    monkeypatch.setattr(features_module, "MAX_RATIO", 4)
     encoded.clear()
     same(few, go(tmp_path / "there", drawn, **look))
     assert not encoded, "what is there is used"
 
 
 def test_only_what_is_scored_is_asked_for(drawn: Path, tmp_path: Path) -> None:
-    full, fast = (plan(args(tmp_path, drawn, eval=kind)) for kind in ("full", "fast"))
-    skipped = sum(len(full.split[i]["in"]) for i in full.train_envs)
+    full, fast = (set_up_run(args(tmp_path, drawn, eval=kind)) for kind in ("full", "fast"))
+    skipped = sum(len(full.splits[i]["in"]) for i in full.train_envs)
     records = -(-full.steps // full.checkpoint_freq)
-    assert skipped and features_module.asked(full) - features_module.asked(fast) == skipped * records
+    assert (
+        skipped
+        and features_module.count_encoded_images(full) - features_module.count_encoded_images(fast) == skipped * records
+    )
 
 
 class Norms(FrozenCLIP):
@@ -275,9 +278,9 @@ class Norms(FrozenCLIP):
 
 
 def test_a_tower_that_trains_after_all_is_not_cached(drawn: Path, tmp_path: Path, feature_cache: Path) -> None:
-    run = plan(args(tmp_path, drawn))
+    run = set_up_run(args(tmp_path, drawn))
     for kind, cached in ((FrozenCLIP, True), (Norms, False)):
         told = run.hparams | {"class_names": run.dataset.class_names}
         algorithm = kind((3, 64, 64), len(run.dataset.class_names), 2, told)
-        with evaluation(algorithm), Workers(0) as workers:
-            assert (features_module.cached_features(run, algorithm, 64, workers) is not None) == cached
+        with evaluation_mode(algorithm), Workers(0) as workers:
+            assert (features_module.load_cached_features(run, algorithm, 64, workers) is not None) == cached

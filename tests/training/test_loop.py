@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from short_runs import CPU, MINI, crash, go, stop_at, terminate, without_times
 
 from domainbed_hp import hparams_registry, records
-from domainbed_hp.algorithms import get_algorithm_class
+from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.datasets.loading.transforms import Decoded
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages
@@ -25,7 +25,7 @@ from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import State, Taken, failure, state
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import main
-from domainbed_hp.training import checkpoint, loop, metric_log, setup
+from domainbed_hp.training import checkpoint, evaluation, loop, setup
 from domainbed_hp.training.model_io import load_model
 
 
@@ -69,7 +69,7 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     dataset = open_dataset(find_spec("ShapesDG"), None, preprocess)
     split = splits([len(e) for e in dataset.environments], (0,), 0)
     loader = loop.eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
-    assert loop.score(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
+    assert evaluation.score_split(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
 
 
 def test_without_validation_images_there_is_nothing_to_diagnose(tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_the_first_bad_step_is_named_although_metrics_are_read_at_records_alone(
 
 def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors and numbers alike, of any kind, on average over the steps since the last record."""
-    read, reads = metric_log.read_numbers, []
-    monkeypatch.setattr(metric_log, "read_numbers", lambda *args: (reads.append(len(args[0])), read(*args))[1])
+    read, reads = evaluation.read_floats, []
+    monkeypatch.setattr(evaluation, "read_floats", lambda *args: (reads.append(len(args[0])), read(*args))[1])
     whole = go(tmp_path / "run", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
     assert reads == [1, 3, 2]
     update, seen, counter = get_algorithm_class("LoRA").update, [], torch.zeros(())
@@ -151,13 +151,13 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
         later = lambda *a: (clock.__setitem__(0, clock[0] + seconds), before(*a))[1]  # noqa: E731
         monkeypatch.setattr(where, name, later)
 
-    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ce": 1.0})
     for name, where, seconds in (
         ("__getitem__", loop.EvalLoader, 100.0),
         ("minibatch", setup.TrainSteps, 1.0),
         ("update", get_algorithm_class("LoRA"), 4.0),
-        ("read_numbers", metric_log, 6.0),
+        ("read_floats", evaluation, 6.0),
     ):
         takes(name, where, seconds)
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 3, "eval_images": 1}
@@ -197,7 +197,7 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
 def test_bad_input_is_refused_before_anything_is_built(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "build", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(loop, "build_algorithm", lambda *_: pytest.fail("a model was built"))
     if not any("clip_" in a for a in argv):
         argv = [*argv, *([] if "--hparams" in argv else ["--hparams", MINI])]
     assert run(main, [*argv, "--output_dir", str(tmp_path / "run")]) == 2
@@ -236,7 +236,7 @@ def test_a_folder_of_ones_own_with_two_environments_trains(two_styles: Path, alg
 
 
 def test_scoring_halves_the_batch_until_it_fits() -> None:
-    class Small(loop.Algorithm):
+    class Small(Algorithm):
         sizes: list[int] = []
 
         def predict(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,10 +249,10 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
     views = Decoded(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Preprocess(8))
     loader = loop.EvalLoader(views, range(12), 16)
     small = Small((3, 8, 8), 2, 1, {"most": 5})
-    assert loop.score(small, loader, CPU, Preprocess(8)).accuracy == 1.0
+    assert evaluation.score_split(small, loader, CPU, Preprocess(8)).accuracy == 1.0
     assert small.sizes == [12, 8, 4, 4, 4] and loader.batch_size == 4
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        loop.score(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Preprocess(8))
+        evaluation.score_split(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Preprocess(8))
 
 
 def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
@@ -299,20 +299,20 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
     whole = go(tmp_path / "whole", **settings)
-    score, calls = loop.score, [0]
+    score, calls = evaluation.score_split, [0]
 
-    def stopping(*args: Any) -> loop.Score:
+    def stopping(*args: Any) -> evaluation.SplitScore:
         calls[0] += 1
         if calls[0] == 9:  # the third split of the second record
             terminate()
         return score(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "score", stopping)
+        patch.setattr(evaluation, "score_split", stopping)
         with pytest.raises(SystemExit):
             go(tmp_path / "run", **settings)
     assert [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
-    assert checkpoint.load(tmp_path / "run")["step"] == 2  # no step is done twice
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 2  # no step is done twice
     assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
 
 
@@ -321,7 +321,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", algorithm="LoRA")
     assert state(tmp_path / "run") == State.INCOMPLETE
-    assert checkpoint.load(tmp_path / "run")["step"] == 0, "that of the last record"
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 0, "that of the last record"
 
 
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -333,7 +333,7 @@ def test_another_signal_after_the_first_loses_nothing(
     with pytest.raises(SystemExit) as caught:
         go(tmp_path / "run", algorithm="LoRA")
     assert caught.value.code == 128 + signal.SIGUSR1
-    assert checkpoint.load(tmp_path / "run")["step"] == 1
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 1
 
 
 def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
