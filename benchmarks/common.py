@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.prepare import main as prepare
-from domainbed_hp.training.setup import RunArgs, set_up_run
+from domainbed_hp.training.setup import set_up_run
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 def subset(data_dir: Path, folder: Path, images: int) -> None:
     """Links to the first `images` of each environment of PACS, classes in turn; 0: to all of them."""
     if not images:
-        (folder / "PACS").symlink_to((data_dir / "PACS").resolve())
+        (folder / "PACS").symlink_to((data_dir / "PACS").resolve_hparams())
         return
     for env in sorted((data_dir / "PACS").iterdir()):
         classes = [sorted(path.iterdir()) for path in sorted(env.iterdir())]
@@ -28,7 +29,7 @@ def subset(data_dir: Path, folder: Path, images: int) -> None:
             source = classes[i % len(classes)][i // len(classes)]
             target = folder / "PACS" / source.relative_to(data_dir / "PACS")
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source.resolve())
+            target.symlink_to(source.resolve_hparams())
 
 
 def prepare_for(args: RunArgs) -> None:

@@ -27,10 +27,11 @@ from tabulate import tabulate
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.evaluation import evaluation_mode, score_split
 from domainbed_hp.training.feature_cache import load_cached_features
 from domainbed_hp.training.model_io import build_algorithm, seed_everything
-from domainbed_hp.training.setup import RunArgs, RunSetup, find_device, set_up_run
+from domainbed_hp.training.setup import RunSetup, find_device, set_up_run
 
 BATCHES = {"cpu": (16, 64), "cuda": (64, 256, 1024)}
 IMAGES = {"cpu": 64, "cuda": 4096}

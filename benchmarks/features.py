@@ -23,10 +23,11 @@ from common import spread, subset
 from tabulate import tabulate
 
 from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation_mode
 from domainbed_hp.training.feature_cache import load_cached_features
 from domainbed_hp.training.model_io import build_algorithm, seed_everything
-from domainbed_hp.training.setup import RunArgs, RunSetup, set_up_run
+from domainbed_hp.training.setup import RunSetup, set_up_run
 
 TEXT_SIDES = ("random", "coop")
 

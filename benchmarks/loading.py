@@ -114,7 +114,7 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "PACS").symlink_to((args.data_dir / "PACS").resolve())
+        (Path(folder) / "PACS").symlink_to((args.data_dir / "PACS").resolve_hparams())
         shape = ["--image_size", "224", "--resize", "squash", "--interpolation", "bilinear", "--encoding", "raw"]
         prepare(["--data_dir", folder, "--dataset", "PACS", *shape])
         for name, augmentation in (("crop + flip", "crop_flip"), ("DomainBed's", "domainbed"), ("evaluation", "none")):

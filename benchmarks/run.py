@@ -40,8 +40,9 @@ from common import one_thread, prepare_for, quiet, spread, subset, turns
 from tabulate import tabulate
 
 from domainbed_hp.algorithms import get_algorithm_class
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.setup import RunArgs, find_device
+from domainbed_hp.training.setup import find_device
 
 CASES = {
     "mini": ({"clip_model": "mini", "clip_pretrained": "shapes"}, 256),

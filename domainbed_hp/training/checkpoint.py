@@ -21,11 +21,9 @@ from domainbed_hp import records
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
-from domainbed_hp.sweep.jobs import NOT_IDENTITY
+from domainbed_hp.run_args import find_differences
 
 CHECKPOINT = "checkpoint.pt"
-REMOVED_ARGS = {"loader": "batched"}
-"""Arguments that older versions wrote, and the values that equal what a run does now."""
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -60,16 +58,9 @@ def find_checkpoint(run_dir: Path, args: dict[str, Any]) -> dict[str, Any] | Non
 
 def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) -> None:
     """Raise `UsageError` if `args` are not those of the run in `run_dir`, which are `before`."""
-    before, args = REMOVED_ARGS | before, REMOVED_ARGS | args
-    keys = [key for key in before | args if key not in NOT_IDENTITY]
-    if different := [key for key in keys if to_plain(before.get(key)) != to_plain(args.get(key))]:
-        listed = "; ".join(f"{key}: there {before.get(key)!r}, here {args.get(key)!r}" for key in different)
+    if different := find_differences(before, args):
+        listed = "; ".join(f"{name}: there {there!r}, here {here!r}" for name, (there, here) in different.items())
         raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove it")
-
-
-def to_plain(value: Any) -> Any:
-    """Return a tuple as a list, as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 class Stopped(Exception):

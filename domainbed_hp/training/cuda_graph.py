@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Minibatch, statistics_kept
+from domainbed_hp.algorithms.base import Minibatch, restore_batch_norms
 from domainbed_hp.registry import UsageError
 
 COMPILE_STEPS = 5000
@@ -32,8 +32,8 @@ def speed_up_training(algorithm: Algorithm, device: torch.device, choice: str, s
         raise UsageError(f"--compile on: torch.compile needs {needs}, and some of it is missing. Pass --compile off")
     if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS and can_compile(device)):
         algorithm.compile_parts()
-    if choice != "off" and on_gpu and algorithm.capturable():
-        algorithm.gradients = CudaGraphStep(algorithm)  # type: ignore[method-assign]
+    if choice != "off" and on_gpu and algorithm.can_capture():
+        algorithm.compute_gradients = CudaGraphStep(algorithm)  # type: ignore[method-assign]
 
 
 def can_compile(device: torch.device) -> bool:
@@ -46,13 +46,13 @@ def can_compile(device: torch.device) -> bool:
 
 
 class CudaGraphStep:
-    """`algorithm.gradients` as a CUDA graph, captured again whenever the shapes of the minibatches change.
+    """`algorithm.compute_gradients` as a CUDA graph, captured again whenever the shapes of the minibatches change.
 
     A step has about a thousand kernels. To start them one by one takes the CPU longer than the GPU needs to run them.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm, self.function = algorithm, algorithm.gradients
+        self.algorithm, self.function = algorithm, algorithm.compute_gradients
         self.shapes: list[Any] = []
 
     def __call__(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class CudaGraphStep:
     def _capture(self, minibatches: list[Minibatch]) -> None:
         self.inputs = [(x.clone(), y.clone()) for x, y in minibatches]
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        with statistics_kept(self.algorithm):
+        with restore_batch_norms(self.algorithm):
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(2):  # first calls compile, choose kernels and fill caches

@@ -171,10 +171,10 @@ def load_cached_features(run: RunSetup, algorithm: Algorithm, batch_size: int, w
     # A class with its own `encode` may depend on facts that are not in the key.
     if not isinstance(algorithm, ClipAlgorithm) or type(algorithm).encode is not ClipAlgorithm.encode:
         return None
-    if run.args.features == "encode" or not run.algorithm.frozen(run.hparams):
+    if run.args.features == "encode" or not run.algorithm.has_frozen_features(run.hparams):
         return None
     # A subclass may have unfrozen a tower that its parent class declares frozen.
-    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompts():
+    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompt_tokens():
         return None
     cache = FeatureCache(run, algorithm, batch_size, workers)
     if not all(cache.key["files"]):

@@ -19,6 +19,7 @@ from domainbed_hp.datasets.loading.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.run_dir import DONE, Claim, claim
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.training import evaluation
@@ -35,7 +36,7 @@ from domainbed_hp.training.evaluation import EVAL_BATCH, MetricLog, evaluation_m
 from domainbed_hp.training.feature_cache import load_cached_features
 from domainbed_hp.training.model_io import build_algorithm, save_model, seed_everything
 from domainbed_hp.training.run_log import copy_stdout, find_versions, print_header, print_row
-from domainbed_hp.training.setup import RunArgs, RunSetup, set_up_run
+from domainbed_hp.training.setup import RunSetup, set_up_run
 from domainbed_hp.training.sharpness import make_perturbation
 from domainbed_hp.training.weight_averaging import make_weight_average, swap_weights
 
@@ -114,7 +115,7 @@ class TrainingLoop:
         loaders = [EvalLoader(environments[i], run.splits[i]["out"][:count], count) for i in run.train_envs]
         self.diagnosed = [loader[0].to(run.device, run.preprocess) for loader in loaders if len(loader)]
         with evaluation_mode(self.algorithm), self.cast:
-            self.diagnose()  # before training, so that the method can fix its scales
+            self.algorithm.diagnose(self.diagnosed)  # before training, so that the method can fix its scales
 
     def train(self) -> None:
         """Do the steps that are left, save the model and mark the run as done."""
@@ -185,7 +186,7 @@ class TrainingLoop:
         run = self.run
         with self.use_averaged_weights(), self.stop.raise_immediately(), evaluation_mode(self.algorithm), self.cast:
             scores = self.score(self.eval_loaders)
-            diagnosis = self.diagnose()
+            diagnosis = self.algorithm.diagnose(self.diagnosed)
         return {
             "step": self.step,
             "epoch": self.step / run.steps_per_epoch,
@@ -193,13 +194,13 @@ class TrainingLoop:
             **evaluation.make_score_columns(scores, run.train_envs),
             **diagnosis,
             "mem_gb": torch.cuda.max_memory_allocated(run.device) / 2**30 if run.on_gpu else 0.0,
-            "elapsed_s": self.elapsed_s(),
-            "trainable_params": self.num_trainable,
-            "image_size": run.preprocess.size,
-            "protocol": run.protocol,
-            "hparams": run.hparams,
             "args": asdict(run.args),
+            "hparams": run.hparams,
             "versions": find_versions(run.device),
+            "elapsed_s": self.elapsed_s(),
+            "image_size": run.preprocess.size,
+            "trainable_params": self.num_trainable,
+            "protocol": run.protocol,
         }
 
     def validate_average(self) -> None:
@@ -218,9 +219,6 @@ class TrainingLoop:
         return {
             name: evaluation.score_split(self.algorithm, loaders[name], run.device, run.preprocess) for name in names
         }
-
-    def diagnose(self) -> dict[str, float]:
-        return self.algorithm.diagnose(self.diagnosed) if self.diagnosed else {}
 
     def use_averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the algorithm has the weights to score and save, which an average may change."""

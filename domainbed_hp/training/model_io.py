@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.files import replace_atomically
+from domainbed_hp.hparams_registry import DeclaredHparams
 from domainbed_hp.registry import UsageError
 
 
@@ -38,7 +39,8 @@ def build_algorithm(spec: ModelSpec, seed: int | None = None) -> Algorithm:
     """
     if seed is not None:
         seed_everything(seed)
-    hparams = spec.hparams | {"class_names": list(spec.class_names), "steps": spec.steps}
+    values = spec.hparams | {"class_names": list(spec.class_names), "steps": spec.steps}
+    hparams = DeclaredHparams(spec.algorithm, values)
     shape = (3, spec.image_size, spec.image_size)
     return get_algorithm_class(spec.algorithm)(shape, len(spec.class_names), spec.num_domains, hparams)
 

@@ -18,51 +18,13 @@ from domainbed_hp.datasets.splits import splits
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.model_io import ModelSpec
 
 MAX_WORKERS = 8
 """Default number of loader threads on a GPU, if there are as many cores. On the CPU the default is 0."""
 
 EXAMPLE = """'{"lr": 1e-4}'"""
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The arguments of a run, written verbatim into every record. Defaults and meaning are DomainBed's train.py's."""
-
-    output_dir: str
-    data_dir: str | None = None
-    dataset: str = "ShapesDG"
-    algorithm: str = "HeadPurification"
-    task: str = "domain_generalization"
-    hparams: str | None = None
-    """JSON object of overrides."""
-    hparams_seed: int = 0
-    trial_seed: int = 0
-    seed: int = 0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    test_envs: tuple[int, ...] = (0,)
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
-    skip_model_save: bool = False
-    save_model_every_checkpoint: bool = False
-    save: str = "trained"
-    """Of the model: `trained`, what rebuilds it together with the pretrained weights, or `full`."""
-    keep: str = "last"
-    """`best`: also the model that training-domain validation would select."""
-    device: str | None = None
-    precision: str = "fp32"
-    compile: str = "auto"
-    """Whether to compile and capture steps; see `speed.py`."""
-    imports: tuple[str, ...] = ()
-    label: str | None = None
-    eval_images: int | None = None
-    num_workers: int | None = None
-    features: str = "cached"
-    """Of a tower that never changes; `encode`: computed anew for each batch."""
-    eval: str = "full"
-    """`fast`: records score no `in` split of a training environment, which no selection rule reads."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +95,8 @@ class RunSetup:
 
 def set_up_run(args: RunArgs) -> RunSetup:
     """Resolve hparams, open the data set and split it; `UsageError` for arguments that do not fit."""
-    overrides = parse_overrides(args.hparams)
-    hparams = hparams_registry.resolve(args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides)
+    seeds, overrides = (args.hparams_seed, args.trial_seed), parse_overrides(args.hparams)
+    hparams = hparams_registry.resolve_hparams(args.algorithm, args.dataset, *seeds, overrides)
     algorithm = get_algorithm_class(args.algorithm)
     spec = find_spec(args.dataset, args.data_dir)
     device = find_device(args.device)
@@ -151,12 +113,12 @@ def set_up_run(args: RunArgs) -> RunSetup:
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
-    hparams_registry.check_validation(hparams, any(split[i]["out"] for i in train_envs))
+    hparams_registry.check_validation_images(hparams, any(split[i]["out"] for i in train_envs))
     size, resize, interpolation, augmentation = preprocess
     protocol = {
         "preprocessing": f"{size} px, {resize}, {interpolation}; training: {augmentation}",
         "target_split": f"in, {(1 - args.holdout_fraction) * (1 - args.uda_holdout_fraction):.0%}",
-        **algorithm.protocol(hparams),
+        **algorithm.describe_protocol(hparams),
     }
     run = RunSetup(
         args, algorithm, hparams, protocol, dataset, split, train_envs, preprocess, device, steps, freq, num_workers

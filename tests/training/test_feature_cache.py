@@ -18,12 +18,13 @@ from domainbed_hp.algorithms.frozen_clip import FrozenCLIP
 from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainSteps
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.train import parser
 from domainbed_hp.sweep.spec import CHOICES, Row, SweepSpec, make_jobs
 from domainbed_hp.training import feature_cache as features_module
 from domainbed_hp.training.evaluation import evaluation_mode
 from domainbed_hp.training.model_io import build_algorithm
-from domainbed_hp.training.setup import RunArgs, set_up_run
+from domainbed_hp.training.setup import set_up_run
 
 SLOW = pytest.mark.slow
 

@@ -72,9 +72,13 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     assert evaluation.score_split(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
 
 
-def test_without_validation_images_there_is_nothing_to_diagnose(tmp_path: Path) -> None:
-    assert "val_mmd" in go(tmp_path / "some", steps=1, eval_images=2)[0]
-    assert "val_mmd" not in go(tmp_path / "none", steps=1, eval_images=2, holdout_fraction=0.0)[0]
+def test_without_validation_images_gates_alone_are_diagnosed(tmp_path: Path) -> None:
+    some, none = (
+        go(tmp_path / f"{fraction}", steps=1, eval_images=2, holdout_fraction=fraction)[0] for fraction in (0.2, 0.0)
+    )
+    assert "val_mmd" in some and "val_mmd" not in none
+    assert some["gates"] == none["gates"] and len(none["gates"]) > 1
+    assert "gates" not in (tmp_path / "none" / "out.txt").read_text().splitlines()[-2]  # the header of numbers
 
 
 def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
