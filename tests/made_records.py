@@ -42,7 +42,7 @@ def write(folder: Path, *records: Record) -> None:
 
 def launched(output_dir: Path, args: list[dict[str, Any]], done: bool = True, num_envs: int = 4) -> list[Job]:
     """A sweep on disk, each of its jobs with one record, and done."""
-    jobs = [Job.under(output_dir, {"holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 0, **a}) for a in args]
+    jobs = [Job.create(output_dir, {"holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 0, **a}) for a in args]
     for job in jobs:
         accs = {f"env{i}_{split}_acc": 0.5 for i in range(num_envs) for split in ("in", "out")}
         write(job.folder, {"args": job.args, "step": 0, **accs})

@@ -93,7 +93,7 @@ def test_the_job_of_a_trial_that_was_not_planned_is_as_the_sweep_would_make_it(t
     found = [missing for missing in find_missing(load(tmp_path)) if missing.row == "ERM"]
     assert [(m.test_envs, m.job.args["trial_seed"]) for m in found] == [((i,), 1) for i in range(4)]
     args = {**ARGS, "test_envs": [2], "steps": 7, "holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 1}
-    assert found[2].job == Job.under(tmp_path / "a", {**args, "seed": seed_hash("PACS", "ERM", [2], 0, 1)})
+    assert found[2].job == Job.create(tmp_path / "a", {**args, "seed": seed_hash("PACS", "ERM", [2], 0, 1)})
 
 
 def test_launchable_is_json_of_the_arguments(tmp_path):
