@@ -40,9 +40,7 @@ GOLDEN = [
 
 
 class StubERM:
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3)}
+    HPARAMS = {"lr": HParam(1e-3)}
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
@@ -54,9 +52,7 @@ class StubERM:
 
 
 class StubLoRA(StubERM):
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3), "lora_rank": HParam(4)}
+    HPARAMS = {"lr": HParam(1e-3), "lora_rank": HParam(4)}
 
 
 STUB_TRAIN = """
