@@ -17,7 +17,7 @@ KNOWN_EVERYWHERE = """
 import json, sys
 from pathlib import Path
 import domainbed_hp
-from domainbed_hp.reports.load import load
+from domainbed_hp.reports.load import load_runs
 from domainbed_hp.run_args import PROTOCOL, RunArgs
 from domainbed_hp.scripts import sweep, train
 from domainbed_hp.sweep.config import spec_from
@@ -45,7 +45,7 @@ for i, colour in enumerate(["red", "blue"]):
     ids = {"algorithm": "ERM", "dataset": "Debug28", "test_envs": [0], "trial_seed": i, "hparams_seed": 0}
     accs = {f"env{env}_{split}_acc": 0.5 for env in range(3) for split in ("in", "out")}
     (folder / "results.jsonl").write_text(json.dumps({"args": ids | {"colour": colour}, "step": 0, **accs}) + "\\n")
-assert sorted(run.row for run in load("runs").runs) == ["ERM (colour=blue)", "ERM (colour=red)"]
+assert sorted(run.row for run in load_runs("runs").runs) == ["ERM (colour=blue)", "ERM (colour=red)"]
 """
 
 
