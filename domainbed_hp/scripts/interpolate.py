@@ -29,14 +29,8 @@ SHARED = ("step", "epoch", "image_size", "trainable_params", "protocol")
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.interpolate", description=__doc__)
     p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    p.add_argument(
-        "--alphas",
-        type=float,
-        nargs="+",
-        metavar="X",
-        default=[i / 10 for i in range(11)],
-        help="0: initial weights, 1: trained weights; default: 0, 0.1, ..., 1",
-    )
+    alphas = [i / 10 for i in range(11)]
+    p.add_argument("--alphas", type=float, nargs="+", metavar="X", default=alphas, help="default: 0, 0.1, ..., 1")
     p.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for the runs, not that of a sweep")
     p.add_argument("--data_dir", metavar="DIR", help="folder that holds the data sets' folders (default: the run's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the run's)")
