@@ -17,7 +17,7 @@ import filelock
 from domainbed_hp import run_dir
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_args import identify
+from domainbed_hp.run_args import WHERE
 from domainbed_hp.run_dir import State
 
 TRAIN_MODULE = "domainbed_hp.scripts.train"
@@ -43,7 +43,7 @@ class Job:
     @classmethod
     def create(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
         """Return the job with these arguments; its name is that of its folder in `output_dir`."""
-        return cls(args, output_dir / job_name(identify(args)))
+        return cls(args, output_dir / job_name({name: v for name, v in args.items() if name not in WHERE}))
 
     @property
     def state(self) -> State:
