@@ -64,7 +64,7 @@ def failed(collected: Collected) -> Iterator[tuple[str, str]]:
     """(job, last line of its error)."""
     for planned in collected.planned:
         if not planned.done and planned.job.state is State.FAILED:
-            yield planned.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.failure(planned.job.folder)
+            yield planned.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.read_failure(planned.job.folder)
 
 
 def png(figure: Figure) -> str:

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from domainbed_hp import records
 from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import DONE, claim
+from domainbed_hp.run_dir import DONE, RunLock
 from domainbed_hp.scripts import run
 
 KEPT = ("step", "epoch", "image_size", "trainable_params", "protocol")
@@ -99,7 +99,7 @@ def write(row: Record, last: Record, folder: Path, alpha: float) -> None:
     label = f"{args['label'] or args['algorithm']}, alpha {alpha:g}"
     overrides = json.dumps(json.loads(args["hparams"] or "{}") | wise)
     args = args | {"hparams": overrides, "output_dir": str(folder), "label": label}
-    with claim(folder):
+    with RunLock(folder):
         records.truncate(folder, -1)
         kept = {name: last[name] for name in KEPT if name in last}
         records.append(folder, kept | row | {"args": args, "hparams": last["hparams"] | wise})

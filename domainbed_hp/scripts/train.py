@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_hp.registry import ALGORITHMS, DATASETS
-from domainbed_hp.run_dir import claim
+from domainbed_hp.run_dir import RunLock
 from domainbed_hp.scripts import run
 from domainbed_hp.sweep.spec import CHOICES
 
@@ -53,17 +53,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args: dict[str, Any] = vars(parser().parse_args(argv))
-    with claim(Path(args["output_dir"])) as held:
+    with RunLock(Path(args["output_dir"])) as lock:
+        # Imported here: whoever comes second is refused before torch is loaded.
         from domainbed_hp.plugins import import_plugin
         from domainbed_hp.training.loop import train
-        from domainbed_hp.training.setup import (
-            RunArgs,  # after the claim: who comes second is told without loading torch
-        )
+        from domainbed_hp.training.setup import RunArgs
 
         for module in args["imports"]:
             import_plugin(module)
         args |= {name: tuple(args[name]) for name in ("test_envs", "imports")}
-        train(RunArgs(**args), held)
+        train(RunArgs(**args), lock)
     return 0
 
 

@@ -48,7 +48,7 @@ class Job:
 
     @property
     def state(self) -> State:
-        return run_dir.state(self.folder)
+        return run_dir.read_state(self.folder)
 
     @property
     def row(self) -> str:
@@ -69,14 +69,14 @@ class Job:
     def describe(self, state: State) -> str:
         """One line, as DomainBed's; a failed job says why."""
         what = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
-        why = f": {run_dir.failure(self.folder)}" if state == State.FAILED else ""
+        why = f": {run_dir.read_failure(self.folder)}" if state == State.FAILED else ""
         return f"{state}: {self.folder} {what}{why}"
 
     def delete(self) -> None:
-        """Remove the folder; `Taken` where the run is done or somebody works on it."""
-        with run_dir.claim(self.folder):  # nobody starts it meanwhile
+        """Remove the folder; `RunTaken` where the run is done or somebody works on it."""
+        with run_dir.RunLock(self.folder):  # nobody starts it meanwhile
             for path in self.folder.iterdir():
-                if path.name not in (run_dir.LOCK, run_dir.HEARTBEAT):
+                if path.name != run_dir.LOCK:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         with contextlib.suppress(OSError):  # not empty: somebody starts it, afresh
             self.folder.rmdir()
@@ -114,7 +114,7 @@ def listed(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], part
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder / run_dir.LOCK, timeout=60):
                 others = part or bool(launchers(output_dir))
-                stack.enter_context(run_dir.claim(folder / f"{socket.gethostname()}-{os.getpid()}"))
+                stack.enter_context(run_dir.RunLock(folder / f"{socket.gethostname()}-{os.getpid()}"))
                 save(output_dir, sweep, jobs, others)
         except OSError as error:
             raise UsageError(f"{output_dir}: cannot be written to: {error.strerror or error}") from error
@@ -126,8 +126,8 @@ def launchers(output_dir: Path) -> list[float]:
     began = []
     for folder in (output_dir / LAUNCHERS).glob("*-*"):
         with contextlib.suppress(OSError):  # it ends just now
-            if run_dir.alive(folder):
-                began.append((folder / run_dir.LOCK).stat().st_mtime)
+            if run_dir.read_holder(folder):
+                began.append(folder.stat().st_mtime)  # of the folder: its last change was the lock's creation
     return began
 
 

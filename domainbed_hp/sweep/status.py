@@ -96,7 +96,7 @@ class Progress:
 
         listed = []
         for job, state in zip(self.jobs, self.states, strict=True):
-            error = {"error": run_dir.failure(job.folder)} if state == State.FAILED else {}
+            error = {"error": run_dir.read_failure(job.folder)} if state == State.FAILED else {}
             listed.append({"folder": str(job.folder), "state": state.name.lower(), **error, "args": job.args})
         return {
             "total": len(self.jobs),

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from leases import REMOTE_LEASE
 
 from domainbed_hp import run_dir
 from domainbed_hp.run_dir import State
@@ -19,7 +20,7 @@ def job(folder: Path, state: State, row: str = "ERM", dataset: str = "PACS", too
     if state == State.DONE:
         (folder / run_dir.DONE).write_text("done")
     if state == State.RUNNING:
-        (folder / run_dir.HEARTBEAT).write_text('{"machine": "another"}')
+        (folder / run_dir.LOCK).write_text(REMOTE_LEASE)
     if state == State.FAILED:
         (folder / run_dir.ERROR).write_text("Traceback (most recent call last):\nValueError: no\n")
     if took is not None:
@@ -78,7 +79,7 @@ def test_speed_while_something_runs(tmp_path: Path, mixed: list[Job]) -> None:
     assert told.speed() == "2 jobs an hour: at this rate the rest is done in 1 h 30 min."
     assert told.to_json()["eta_s"] == told.eta_s
 
-    (mixed[2].folder / run_dir.HEARTBEAT).unlink()
+    (mixed[2].folder / run_dir.LOCK).unlink()
     assert Progress.of(mixed).speed() == "" and Progress.of(mixed).jobs_per_hour is None, "nothing is running"
 
 
@@ -86,8 +87,8 @@ def test_the_rate_starts_with_the_launcher(tmp_path: Path, mixed: list[Job]) -> 
     now = time.time()
     os.utime(mixed[0].folder / "done", (now - 90_000,) * 2)
     os.utime(mixed[1].folder / "done", (now - 900,) * 2)
-    with run_dir.claim(tmp_path / LAUNCHERS / "host-1"):
-        os.utime(tmp_path / LAUNCHERS / "host-1" / run_dir.LOCK, (now - 1800,) * 2)
+    with run_dir.RunLock(tmp_path / LAUNCHERS / "host-1"):
+        os.utime(tmp_path / LAUNCHERS / "host-1", (now - 1800,) * 2)
         told = Progress.of(mixed)
     assert told.launchers == 1 and told.jobs_per_hour == pytest.approx(2, rel=0.01)
 
