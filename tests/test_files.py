@@ -57,7 +57,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def records_of(folder: Path) -> list[dict[str, object]]:
-    found = records.load_run(folder)
+    found = list(records.read_records(folder))
     return [{k: v for k, v in r.items() if k not in ("step_time", "elapsed_s", "args")} for r in found]
 
 

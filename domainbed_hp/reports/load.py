@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from domainbed_hp.records import FILE_NAME, Record
+from domainbed_hp.records import read_records
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.reading import Layout, columns, read, walk
-from domainbed_hp.run_dir import DONE
+from domainbed_hp.reports.reading import Layout, columns, walk
+from domainbed_hp.run_dir import DONE, RESULTS
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_sweep
 
 PROTOCOL = {
@@ -107,7 +107,7 @@ def load(input_dir: str | Path) -> Collected:
     """
     collected = Collected()
 
-    def found() -> Iterator[tuple[str, Record]]:
+    def found() -> Iterator[tuple[str, dict[str, Any]]]:
         for folder, files in walk(Path(input_dir)):
             if SWEEP_FILE in files:
                 sweep, jobs = load_sweep(Path(folder))
@@ -115,8 +115,8 @@ def load(input_dir: str | Path) -> Collected:
                     check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
                 collected.sweeps.append(sweep)
                 collected.planned.extend(Planned(job, (job.folder / DONE).exists()) for job in jobs)
-            if FILE_NAME in files:
-                for record in read(os.path.join(folder, FILE_NAME), collected.notes):
+            if RESULTS in files:
+                for record in read_records(folder, collected.notes):
                     yield folder, record
 
     collecting = gc.isenabled()
@@ -128,7 +128,7 @@ def load(input_dir: str | Path) -> Collected:
             gc.enable()
 
 
-def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = None) -> Collected:
+def collect(found: Iterable[tuple[str, dict[str, Any]]], collected: Collected | None = None) -> Collected:
     """(folder, record) pairs as one table; consecutive records of one folder and the same arguments are a run.
 
     What is `collected` already, also while `found` is read, tells rows apart with them.

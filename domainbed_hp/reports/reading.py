@@ -1,8 +1,7 @@
-"""Every results.jsonl under a folder, and the numbers of many records as columns of 8 bytes each."""
+"""Folders of runs under a folder, and the numbers of many records as columns of 8 bytes each."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from array import array
@@ -10,11 +9,10 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import orjson
 
-from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
 
 
@@ -36,45 +34,16 @@ def walk(input_dir: Path) -> Iterator[tuple[str, set[str]]]:
         yield folder, set(files)
 
 
-def read(path: str, notes: list[str]) -> Iterator[Record]:
-    """The records of a results.jsonl; torn lines, no lines at all and NaN are told in `notes`."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if not any(map(bytes.strip, lines)):
-        notes.append(f"{path} is empty")
-    nan = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
-            try:
-                record = json.loads(line)
-                nan += 1
-            except ValueError:
-                record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
-    if nan:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN loses to any other")
-
-
 class Layout:
     """The numbers of records that have the same keys."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: dict[str, Any]) -> None:
         self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
         self.take = itemgetter(*self.names)
         self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
         self.numbers, self.places = array("d"), array("q")
 
-    def add(self, record: Record, place: int) -> None:
+    def add(self, record: dict[str, Any], place: int) -> None:
         values = list(self.take(record))
         try:
             self.numbers.fromlist(values)  # all or none

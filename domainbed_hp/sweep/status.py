@@ -1,7 +1,5 @@
 """How far a sweep is and what the rest of it costs, from the files of its jobs; no torch, no pandas."""
 
-import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -13,13 +11,12 @@ from typing import Any
 from tabulate import tabulate
 
 from domainbed_hp import run_dir
+from domainbed_hp.records import last_record
 from domainbed_hp.run_dir import State
 from domainbed_hp.sweep.jobs import Job, launchers
 
 RECENT = 50
 """Jobs done last, by which the rate goes."""
-TAIL = 2**16
-"""Bytes at the end of results.jsonl that hold the last record."""
 SHOWN = (State.DONE, State.RUNNING, State.FAILED, State.INCOMPLETE, State.NOT_LAUNCHED)
 ALWAYS = (State.DONE, State.INCOMPLETE, State.NOT_LAUNCHED)
 """The states of DomainBed: its summary counts them, be they 0."""
@@ -150,12 +147,7 @@ def keys(job: Job) -> list[tuple[str, ...]]:
 
 def elapsed(folder: Path) -> float | None:
     """Seconds that a run took, by its last record; None where that does not say: records of DomainBed do not."""
-    try:
-        with open(folder / "results.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            seconds = json.loads(file.read().rstrip().rpartition(b"\n")[2])["elapsed_s"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    seconds = (last_record(folder) or {}).get("elapsed_s")
     return float(seconds) if isinstance(seconds, int | float) else None
 
 

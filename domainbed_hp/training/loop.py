@@ -198,7 +198,7 @@ class Training:
         self.columns = print_row(record, self.columns)
         record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions(run.device)}
         record |= {"image_size": run.preprocess.size, "trainable_params": self.trainable, "protocol": run.protocol}
-        records.append(run.output_dir, record)
+        records.append_record(run.output_dir, record)
         self.recorded.append(step)
         self.keep_models(record)
         self.save_state()  # with `since`: a record that is lost later is written again
@@ -230,7 +230,7 @@ class Training:
     def resume(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; records that it does not know of are dropped."""
         self.lock.check()
-        self.recorded = records.truncate(self.run.output_dir, state["step"] if state else -1)
+        self.recorded = records.truncate_records(self.run.output_dir, state["step"] if state else -1)
         if state is None:
             return
         self.algorithm.load_training_state(state["algorithm"])
@@ -249,7 +249,7 @@ def find_before(run: Plan) -> dict[str, Any] | None:
     """The checkpoint in the run's folder, if any; `UsageError` where the folder holds another run."""
     # DEVIATION: DomainBed appends a second run to the records of the first.
     state = checkpoint.load(run.output_dir)
-    written = records.load_run(run.output_dir)
+    written = list(records.read_records(run.output_dir))
     if state or written:
         there = state["args"] if state else written[0].get("args", {})
         checkpoint.check_same_run(run.output_dir, there, records_args(run.args))

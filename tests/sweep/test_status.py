@@ -8,7 +8,6 @@ from leases import REMOTE_LEASE
 
 from domainbed_hp import run_dir
 from domainbed_hp.run_dir import State
-from domainbed_hp.sweep import status
 from domainbed_hp.sweep.jobs import LAUNCHERS, Job
 from domainbed_hp.sweep.status import Progress, duration, elapsed, estimate, rate
 
@@ -104,18 +103,11 @@ def test_json_counts_every_state(mixed: list[Job]) -> None:
     assert told["jobs"][3]["error"] == "ValueError: no"
 
 
-def test_time_of_a_run_is_in_the_last_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = job(tmp_path / "run", State.DONE, took=12.5).folder / "results.jsonl"
-    assert elapsed(file.parent) == 12.5
-    monkeypatch.setattr(status, "TAIL", 100)
-    text = file.read_text()
-    file.write_bytes(b"\xff" * 1000 + b"\n" + text.encode())
-    assert elapsed(file.parent) == 12.5
-    file.write_text(text.replace("}", ' , "long": "' + 100 * "x" + '"}'))
-    assert elapsed(file.parent) is None, "only the tail is read"
+def test_time_of_a_run_is_in_the_last_record(tmp_path: Path) -> None:
+    assert elapsed(job(tmp_path / "run", State.DONE, took=12.5).folder) == 12.5
 
 
-@pytest.mark.parametrize("text", ["", "\n", '{"step": 1}\n', '{"elapsed_s": 3.0}\n{"ela', "3\n", '{"elapsed_s": "3"}'])
+@pytest.mark.parametrize("text", ["", "\n", '{"step": 1}\n', "3\n", '{"elapsed_s": "3"}'])
 def test_a_record_that_does_not_say_how_long_it_took(tmp_path: Path, text: str) -> None:
     assert elapsed(tmp_path) is None
     (tmp_path / "results.jsonl").write_text(text)

@@ -119,7 +119,7 @@ def test_the_first_bad_step_is_named_although_metrics_are_read_at_records_alone(
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ok": 0.0, "ce": torch.tensor(next(ce))})
     with pytest.raises(FloatingPointError, match="ce is inf at step 2: try a smaller lr, or --precision fp32"):
         go(tmp_path / "run", algorithm="LoRA", steps=9, checkpoint_freq=4)
-    assert next(ce, None) is None and [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+    assert next(ce, None) is None and [r["step"] for r in list(records.read_records(tmp_path / "run"))] == [0]
 
 
 def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
     before = go(tmp_path / "run", algorithm="ZeroShotCLIP")
     with pytest.raises(RunTaken, match="already holds a run that is done"):
         go(tmp_path / "run", algorithm="ZeroShotCLIP")
-    assert records.load_run(tmp_path / "run") == before
+    assert list(records.read_records(tmp_path / "run")) == before
 
 
 @pytest.mark.parametrize(
@@ -287,10 +287,10 @@ def test_who_lost_the_run_writes_nothing_more(
     settings = {"algorithm": "LoRA", "steps": 1}
     if write == "truncation":
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save", crash)
+            patch.setattr(checkpoint, "save", lambda *_: crash())
             with pytest.raises(RuntimeError):
                 go(folder, **settings)
-        assert len(records.load_run(folder)) == 1  # it would be dropped, as no checkpoint knows of it
+        assert len(list(records.read_records(folder))) == 1  # it would be dropped, as no checkpoint knows of it
     function = attrgetter(target)(loop)
     before: dict[str, bytes] = {}
 
@@ -357,7 +357,7 @@ def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, m
         patch.setattr(loop, "score", stopping)
         with pytest.raises(SystemExit):
             go(tmp_path / "run", **settings)
-    assert [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+    assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == [0]
     assert checkpoint.load(tmp_path / "run")["step"] == 2  # no step is done twice
     assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
 
@@ -390,7 +390,7 @@ def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch:
         with pytest.raises(RuntimeError):
             go(tmp_path / "run", **settings)
     path = tmp_path / "run" / "results.jsonl"
-    assert [r["step"] for r in records.load_run(path)] == [0, 2]
+    assert [r["step"] for r in list(records.read_records(path.parent))] == [0, 2]
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.warns(UserWarning, match="torn"):
         resumed = go(tmp_path / "run", **settings)
@@ -450,7 +450,7 @@ def test_an_error_of_the_disk_is_named_and_loses_nothing(
         with pytest.raises(OSError):
             go(tmp_path / "run", algorithm="LoRA")
     assert os.strerror(number) in read_failure(tmp_path / "run")
-    assert [r["step"] for r in records.load_run(tmp_path / "run")] == stay
+    assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == stay
     assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
 
 
