@@ -27,9 +27,10 @@ from common import prepare_for, spread, subset, synchronise, turns
 
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.cuda_graph import speed_up
 from domainbed_hp.training.loop import untrained
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.setup import plan
 
 CORES = 8
 

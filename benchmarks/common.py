@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.prepare import main as prepare
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.setup import plan
 
 T = TypeVar("T")
 

@@ -27,11 +27,12 @@ from tabulate import tabulate
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.evaluation import evaluation, score
 from domainbed_hp.training.feature_cache import cached_features
 from domainbed_hp.training.loop import seed_everything
 from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import Plan, RunArgs, find_device, plan
+from domainbed_hp.training.setup import Plan, find_device, plan
 
 BATCHES = {"cpu": (16, 64), "cuda": (64, 256, 1024)}
 IMAGES = {"cpu": 64, "cuda": 4096}

@@ -23,11 +23,12 @@ from common import spread, subset
 from tabulate import tabulate
 
 from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation
 from domainbed_hp.training.feature_cache import cached_features
 from domainbed_hp.training.loop import seed_everything
 from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import Plan, RunArgs, plan
+from domainbed_hp.training.setup import Plan, plan
 
 TEXT_SIDES = ("random", "coop")
 

@@ -26,13 +26,13 @@ def mean_err(values: pd.Series) -> str:
 
 
 def main(folder: Path) -> None:
-    found = load.load(folder)
+    found = load.load_runs(folder)
     frame = found.frame
     chosen = IIDAccuracy.select(frame)
     by_trial = chosen.pivot_table(index="trial_seed", columns="row", values="test_acc", aggfunc="mean")
     by_env = chosen.pivot_table(index="test_env", columns="row", values="test_acc", aggfunc="mean")
     lines = []
-    for row in tables.row_order(frame):
+    for row in tables.order_rows(frame):
         gain = by_trial[METHOD] - by_trial[row]
         envs = [f"{100 * by_env[row][env]:.1f}" for env in by_env.index]
         lines.append([row, *envs, mean_err(by_trial[row]), "" if row == METHOD else mean_err(gain)])

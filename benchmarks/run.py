@@ -1,4 +1,4 @@
-"""What a whole leave-one-out run costs, start to `done`, part by part: `--loader batched` against `--loader reference`.
+"""What a whole leave-one-out run costs, start to `done`, part by part: `--eval full` against `--eval fast`.
 
     python benchmarks/run.py DATA_DIR [--case mini|vit]
 
@@ -8,7 +8,7 @@ scored for each that is trained on, a run here has two records, at its ends, and
 All of it, hours on a CPU: `--images 0 --records 18`.
 
 On the CPU one pinned core. Variants take turns round by round in one process that keeps nothing between runs, and each
-round gives a ratio; before, each runs two steps to warm up. `batched` reads prepared data, whose making is told apart.
+round gives a ratio; before, each runs two steps to warm up. Both read prepared data, whose making is timed apart.
 
 load        what the loop waits for its batches (on a GPU, threads load ahead)
 augment     `Batch.to`: to the device, and there crops and flips
@@ -40,8 +40,9 @@ from common import one_thread, prepare_for, quiet, spread, subset, turns
 from tabulate import tabulate
 
 from domainbed_hp.algorithms import get_algorithm_class
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.setup import RunArgs, find_device
+from domainbed_hp.training.setup import find_device
 
 CASES = {
     "mini": ({"clip_model": "mini", "clip_pretrained": "shapes"}, 256),
@@ -83,7 +84,7 @@ def main() -> None:
         subset(args.data_dir, Path(folder), images if args.images is None else args.images)
         count = len(list(Path(folder).glob("PACS/*/*/*")))
         steps = max(args.records, round(args.records * count / (3 * args.batch)))
-        batched = RunArgs(
+        full = RunArgs(
             *("a fresh one", folder, "PACS", args.algorithm),
             hparams=json.dumps(hparams | {"batch_size": args.batch}),
             steps=steps,
@@ -93,12 +94,11 @@ def main() -> None:
             compile="auto" if args.whole else "off",
         )
         start = time.perf_counter()
-        prepare_for(batched)
+        prepare_for(full)
         print(f"prepared in {time.perf_counter() - start:.1f} s")
         runs = {
-            "reference": replace(batched, loader="reference"),
-            "batched": batched,
-            "batched, --eval fast": replace(batched, eval="fast"),
+            "full": full,
+            "fast": replace(full, eval="fast"),
         }
         for run in runs.values():
             seconds(replace(run, steps=2, eval_images=2), device, args.whole)
@@ -111,8 +111,8 @@ def main() -> None:
     rows = []
     for name, times in taken.items():
         split = [f"{np.median([run[part] for run in times]):.2f}" for part in parts]
-        rows.append([name, *split, f"{np.median(totals[name]):.2f}", spread(totals["reference"] / totals[name])])
-    headers = ["", *parts, "whole run", "times reference (5 to 95 % of rounds)"]
+        rows.append([name, *split, f"{np.median(totals[name]):.2f}", spread(totals["full"] / totals[name])])
+    headers = ["", *parts, "whole run", "times full (5 to 95 % of rounds)"]
     print(tabulate(rows, headers, disable_numparse=True))
 
 

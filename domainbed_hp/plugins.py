@@ -1,17 +1,40 @@
-"""Algorithms, text sides and data sets of a user's own, without a fork: `--import my_pkg.my_module`."""
+"""Register what a module of the user defines, for `--import my_package.my_module`.
+
+Subclasses of `Algorithm`, `TextSide`, `Average` and `SAM` are registered under their class names, subclasses of
+`SelectionMethod` under their `key`, each `DatasetSpec` under its `name`, and launchers as a dictionary says:
+`LAUNCHERS = {"my_cluster": launch}`, where `launch(commands: list[list[str]], ...) -> list[int]` returns exit codes.
+"""
 
 import importlib
 import inspect
-from types import ModuleType
+import sys
+from collections.abc import Iterable
+from typing import Any
 
-from domainbed_hp.algorithms.base import Algorithm
-from domainbed_hp.datasets.spec import DatasetSpec
-from domainbed_hp.prompts.base import TextSide
-from domainbed_hp.registry import ALGORITHMS, DATASETS, PROMPTS, UsageError
+from domainbed_hp import registry
+from domainbed_hp.registry import UsageError
+
+CLASSES: list[tuple[dict[str, Any], str, str, str]] = [
+    (registry.ALGORITHMS, "domainbed_hp.algorithms.base", "Algorithm", "__name__"),
+    (registry.PROMPTS, "domainbed_hp.prompts.base", "TextSide", "__name__"),
+    (registry.WEIGHT_AVERAGES, "domainbed_hp.training.weight_averaging", "Average", "__name__"),
+    (registry.SHARPNESS, "domainbed_hp.training.sharpness", "SAM", "__name__"),
+    (registry.SELECTION_RULES, "domainbed_hp.model_selection", "SelectionMethod", "key"),
+]
+"""Table, module and name of the base class, and the attribute of a subclass that is its name in the table."""
+
+
+def import_plugins(modules: Iterable[str]) -> None:
+    """Import modules of the user and register what they define."""
+    for module in modules:
+        import_plugin(module)
 
 
 def import_plugin(module: str) -> list[str]:
-    """Register what `module` defines: algorithms and text sides under their class names, data sets by `name`."""
+    """Import one module of the user, register what it defines, and return the names.
+
+    `UsageError` where the module is not found or defines nothing to register.
+    """
     try:
         plugin = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -19,23 +42,21 @@ def import_plugin(module: str) -> list[str]:
             f"--import {module}: {error}. It is imported as `import {module}`, "
             "from the current folder or an installed package."
         ) from error
-    found = [
-        (ALGORITHMS, {name: name for name in subclasses(plugin, Algorithm)}),
-        (PROMPTS, {name: name for name in subclasses(plugin, TextSide)}),
-        (DATASETS, {value.name: key for key, value in vars(plugin).items() if isinstance(value, DatasetSpec)}),
-    ]
-    names = [name for _, own in found for name in own]
-    if not names:
+    own = [value for value in vars(plugin).values() if inspect.isclass(value) and value.__module__ == module]
+    entries: list[tuple[dict[str, Any], str, Any]] = []
+    for table, base_module, base_name, attribute in CLASSES:
+        # A base class that nobody imported has no subclasses. So a selection rule alone does not load torch.
+        base = getattr(sys.modules.get(base_module), base_name, None)
+        entries += [(table, getattr(cls, attribute), cls) for cls in own if base and issubclass(cls, base)]
+    spec = getattr(sys.modules.get("domainbed_hp.datasets.spec"), "DatasetSpec", ())
+    entries += [(registry.DATASETS, v.name, v) for v in vars(plugin).values() if isinstance(v, spec)]
+    entries += [(registry.LAUNCHERS, name, launch) for name, launch in getattr(plugin, "LAUNCHERS", {}).items()]
+    if not entries:
+        bases = ", ".join(f"{base_module}.{name}" for _, base_module, name, _ in CLASSES)
         raise UsageError(
-            f"--import {module}: it defines no subclass of domainbed_hp.algorithms.base.Algorithm or of "
-            "domainbed_hp.prompts.base.TextSide, and no domainbed_hp.datasets.spec.DatasetSpec"
+            f"--import {module}: it defines nothing to register. Expected are subclasses of {bases}, instances of "
+            "domainbed_hp.datasets.spec.DatasetSpec, or launchers, LAUNCHERS = {name: function}"
         )
-    for table, own in found:
-        table.update({name: f"{module}:{key}" for name, key in own.items()})
-    return names
-
-
-def subclasses(plugin: ModuleType, base: type) -> list[str]:
-    """Names of those that the module defines itself; what it imports is others'."""
-    own = {k: v for k, v in vars(plugin).items() if inspect.isclass(v) and v.__module__ == plugin.__name__}
-    return [name for name, value in own.items() if issubclass(value, base)]
+    for table, name, value in entries:
+        table[name] = value
+    return [name for _, name, _ in entries]

@@ -1,12 +1,11 @@
-"""Public name -> "module:attribute": what the package offers, in the order of every table, imported on first use.
+"""Tables of names: algorithms, text sides, weight averages, sharpness, data sets, launchers, selection rules.
 
-A lazy table keeps torch out of `--help`, `sweep status` and `collect_results`.
+An entry is "module:attribute" until its name is first loaded, and the object afterwards, so that `--help`,
+`sweep status` and `collect_results` need no torch. Rows of results have the order of these tables.
 """
 
-import difflib
 import importlib
-from collections.abc import Iterable
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -14,7 +13,7 @@ class UsageError(ValueError):
     """Bad input by the user. Scripts print it without a traceback and exit with code 2."""
 
 
-ALGORITHMS: dict[str, str] = {
+ALGORITHMS: dict[str, Any] = {
     "ZeroShotCLIP": "domainbed_hp.algorithms.zero_shot_clip:ZeroShotCLIP",
     "ERM": "domainbed_hp.algorithms.erm:ERM",
     "FineTuneCLIP": "domainbed_hp.algorithms.fine_tune_clip:FineTuneCLIP",
@@ -30,7 +29,7 @@ ALGORITHMS: dict[str, str] = {
     "HeadPurification": "domainbed_hp.algorithms.head_purification:HeadPurification",
 }
 
-PROMPTS: dict[str, str] = {
+PROMPTS: dict[str, Any] = {
     "template": "domainbed_hp.prompts.fixed:Template",
     "ensemble": "domainbed_hp.prompts.fixed:Ensemble",
     "coop": "domainbed_hp.prompts.coop:CoOp",
@@ -44,23 +43,23 @@ PROMPTS: dict[str, str] = {
     "from_text": "domainbed_hp.prompts.linear:FromText",
     "random": "domainbed_hp.prompts.linear:RandomLinear",
 }
-"""The text side of a CLIP algorithm, hparam `prompt`."""
+"""Text sides of CLIP algorithms, the values of hparam `prompt`."""
 
-WEIGHT_AVERAGES: dict[str, str] = {
+WEIGHT_AVERAGES: dict[str, Any] = {
     "sma": "domainbed_hp.training.weight_averaging:SimpleMovingAverage",
     "beta": "domainbed_hp.training.weight_averaging:BetaMovingAverage",
     "swad": "domainbed_hp.training.weight_averaging:SWAD",
     "wise": "domainbed_hp.training.weight_averaging:WiSE",
 }
-"""Weights over time, hparam `average` of every algorithm."""
+"""Averages of the weights over time, the values of hparam `average`."""
 
-SHARPNESS: dict[str, str] = {
+SHARPNESS: dict[str, Any] = {
     "sam": "domainbed_hp.training.sharpness:SAM",
     "disam": "domainbed_hp.training.sharpness:DISAM",
 }
-"""What climbs before each step, hparam `sharpness` of every algorithm."""
+"""Sharpness-aware updates, the values of hparam `sharpness`."""
 
-DATASETS: dict[str, str] = {
+DATASETS: dict[str, Any] = {
     "Debug28": "domainbed_hp.datasets.debug:DEBUG28",
     "Debug224": "domainbed_hp.datasets.debug:DEBUG224",
     "ShapesDG": "domainbed_hp.datasets.shapes.shapes_dg:SHAPES_DG",
@@ -71,16 +70,25 @@ DATASETS: dict[str, str] = {
     "DomainNet": "domainbed_hp.datasets.domain_net:DOMAIN_NET",
 }
 
-LAUNCHERS: dict[str, str] = {
+LAUNCHERS: dict[str, Any] = {
     "local": "domainbed_hp.launchers.local:launch",
     "multi_gpu": "domainbed_hp.launchers.multi_gpu:launch",
     "slurm": "domainbed_hp.launchers.slurm:launch",
     "dummy": "domainbed_hp.launchers.dummy:launch",
 }
 
+SELECTION_RULES: dict[str, Any] = {
+    "iid": "domainbed_hp.model_selection:IIDAccuracy",
+    "leave_one_out": "domainbed_hp.model_selection:LeaveOneOut",
+    "oracle": "domainbed_hp.model_selection:Oracle",
+}
+"""Rules of model selection; there is one table of results for each."""
+
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
-    """The error for a name that nobody knows: what was got, the nearest match, what is known."""
+    """Return the error for an unknown name. Its message has the name, the nearest known one, and all known ones."""
+    import difflib
+
     known = list(known)
     folded = {k.lower(): k for k in known}
     near = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.6)
@@ -88,15 +96,26 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
 
 
-def load(table: dict[str, str], kind: str, name: str) -> Any:
-    """The object that `name` stands for, from `table` or from the installed entry points of group domainbed_hp.<kind>s.
+def refuse_renamed_methods(cls: type, renamed: Mapping[str, str]) -> None:
+    """Raise `UsageError` where a class defines a method that the package no longer calls."""
+    for name, replacement in renamed.items():
+        if name in vars(cls):
+            raise UsageError(f"{cls.__name__} defines {name}, which is no longer called. Define {replacement} instead")
 
-    `UsageError` lists the known names.
+
+def load(table: dict[str, Any], kind: str, name: str) -> Any:
+    """Return the object called `name` from `table`, or else from the entry points of group domainbed_hp.<kind>s.
+
+    `UsageError` for an unknown name; its message lists the known ones.
     """
     if name not in table:
+        from importlib.metadata import entry_points  # slow to import
+
         for point in entry_points(group=f"domainbed_hp.{kind.removesuffix('s')}s"):
             table.setdefault(point.name, point.value)
     if name not in table:
         raise unknown_name(kind, name, table)
-    module, attribute = table[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    if isinstance(table[name], str):
+        module, attribute = table[name].split(":")
+        table[name] = getattr(importlib.import_module(module), attribute)
+    return table[name]

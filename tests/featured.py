@@ -8,11 +8,12 @@ import pytest
 
 from domainbed_hp import records
 from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training import feature_cache
 from domainbed_hp.training.evaluation import evaluation
 from domainbed_hp.training.loop import train
 from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.setup import plan
 
 CLIP = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2}
 IMAGES = 60

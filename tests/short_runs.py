@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from domainbed_hp.algorithms import get_algorithm_class
-from domainbed_hp.training.loop import RunArgs, train
+from domainbed_hp.run_args import RunArgs
+from domainbed_hp.training.loop import train
 
 CPU = torch.device("cpu")
 MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'

@@ -9,8 +9,8 @@ import pytest
 from domainbed_hp import records, run_dir
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.setup import RunArgs
 
 ZERO = '{"clip_model": "mini", "clip_pretrained": "shapes"}'
 MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'

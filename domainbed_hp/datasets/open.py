@@ -51,10 +51,10 @@ def find_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
     return DatasetSpec(name, environments, len(names), names, folder=str(root.absolute()), domain_folders=environments)
 
 
-def open_dataset(spec: DatasetSpec, data_dir: Path | None, preprocess: Preprocess, *, decode: bool = False) -> Dataset:
+def open_dataset(spec: DatasetSpec, data_dir: Path | None, preprocess: Preprocess) -> Dataset:
     """The images of every environment as `pixels` wants them; `UsageError` lists everything that is wrong.
 
-    Prepared data is used where there is any, unless `decode`.
+    Prepared data is used where there is any.
     """
     if spec.build is not None:
         names = spec.class_names or tuple(str(i) for i in range(spec.num_classes))
@@ -62,7 +62,7 @@ def open_dataset(spec: DatasetSpec, data_dir: Path | None, preprocess: Preproces
     if data_dir is None and not Path(spec.folder).is_absolute():
         raise UsageError(f"{spec.name} is read from disk: pass --data_dir, the folder that holds {spec.folder}/")
     data_dir = data_dir or Path()
-    prepared = None if decode else open_prepared(spec, data_dir, preprocess)
+    prepared = open_prepared(spec, data_dir, preprocess)
     if prepared is not None:
         return Dataset(spec, prepared.class_names, [*prepared.environments], f"prepared, {prepared.encoding}")
     names, folders = read_folder(spec, data_dir)

@@ -1,4 +1,4 @@
-"""Launch a table of runs, tell how far it is, delete what was interrupted."""
+"""Launch the runs of a sweep, show how far it is, or delete what is not finished."""
 
 import argparse
 import contextlib
@@ -6,102 +6,106 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from domainbed_hp import registry
-from domainbed_hp.registry import UsageError
+from domainbed_hp.plugins import import_plugins
+from domainbed_hp.registry import LAUNCHERS, UsageError
+from domainbed_hp.run_args import add_flags
 from domainbed_hp.run_dir import EXIT_TAKEN, RunTaken, State
 from domainbed_hp.scripts import run
-from domainbed_hp.scripts.train import parser as train_parser
 from domainbed_hp.sweep.config import read_jobs, spec_from
-from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, listed, load_jobs, load_sweep
-from domainbed_hp.sweep.spec import CHOICES, SweepSpec, described, launcher_of, make_jobs
-from domainbed_hp.sweep.status import Progress, estimate
+from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_jobs, load_sweep, register_launcher
+from domainbed_hp.sweep.spec import SweepSpec, describe_sweep, load_launcher, make_jobs
+from domainbed_hp.sweep.status import SweepStatus, estimate_cost
 from domainbed_hp.sweep.validation import check_data, resolve_rows
 
 EPILOG = """\
-`launch` without any flag runs the quickstart: a small table on the CPU, into results/quickstart. It starts what is not
-launched and what is incomplete, which goes on where it stopped; what is done, running or failed is left alone. Any
-number of launchers may work on one sweep, on machines that share its folder.
-`delete_incomplete` removes what is incomplete or failed, never what is running, so that it starts afresh.
-`status` and `delete_incomplete` read <output_dir>/sweep.json (results/quickstart without a flag), unless more flags say
-which jobs are meant. A sweep file (TOML) holds the same settings; sweeps/*.toml are examples.
+`launch` starts all jobs that are not launched or incomplete; incomplete ones continue where they stopped. It leaves
+alone what is done, running or failed. Several launchers may work on one sweep, on machines that share its folder.
+Without any flag it runs the quickstart: a small table on the CPU, in results/quickstart.
+`delete_incomplete` removes the folders of incomplete and failed jobs, so that they start anew. Running ones stay.
+`status` and `delete_incomplete` read <output_dir>/sweep.json (without a flag, that of results/quickstart). More flags
+choose some of the sweep's jobs.
+A sweep file (TOML) holds the same settings as the flags; sweeps/*.toml are examples.
 """
 COMMAND = ("python", "-m", "domainbed_hp.scripts.sweep")
 ONLY = {"retry_failed": "launch", "dry_run": "launch", "jobs": "launch", "json": "status"}
-"""Flags that one command alone knows."""
+"""Flags of one command alone."""
 NOT_SETTINGS = ("command", "config", "seed", "skip_confirmation", "list", *ONLY)
+"""Arguments that are no settings of a sweep."""
 
 
-def parser() -> argparse.ArgumentParser:
-    # Defaults are None: a flag that is not given leaves the sweep file's value, or SweepSpec's default, in force.
+def make_parser() -> argparse.ArgumentParser:
+    # Defaults are None, so that the sweep file's value stays where a flag is not given.
     p = argparse.ArgumentParser(
-        " ".join(COMMAND),
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawTextHelpFormatter,
+        " ".join(COMMAND), description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("command", choices=["launch", "status", "delete_incomplete"])
-    p.add_argument("--config", help="sweep file; flags given beside it override it")
-    p.add_argument("--jobs", metavar="FILE", help="launch: the jobs of a file by `collect_results --missing`")
-    p.add_argument("--datasets", nargs="+", help="default: all but the Debug ones; folder:PATH is one of your own")
-    p.add_argument(
-        "--algorithms", nargs="+", help="rows with default hparams; beside --config: the file's rows of these"
+    table = p.add_argument_group("which runs")
+    table.add_argument("--config", metavar="FILE", help="sweep file; other flags override its settings")
+    table.add_argument(
+        "--jobs", metavar="FILE", help="launch: the jobs in a file that `collect_results --missing FILE` wrote"
     )
-    p.add_argument("--task", choices=CHOICES["task"])
-    p.add_argument("--n_hparams_from", type=int, help="first hparams seed; 0 = default hparams")
-    p.add_argument("--n_hparams", type=int, help="hparams seeds end below this (default 20)")
-    p.add_argument("--output_dir")
-    p.add_argument("--data_dir", help="folder that holds the data sets' folders")
-    p.add_argument("--seed", type=int, help="not used, as in DomainBed: a job's seed is hashed from its arguments")
-    p.add_argument("--n_trials", type=int, help="default 3")
-    p.add_argument("--n_trials_from", type=int, help="the first trial's seed (default 0)")
-    p.add_argument("--command_launcher", dest="launcher", help=f"default local; known: {', '.join(registry.LAUNCHERS)}")
-    p.add_argument("--max_parallel", type=int, help="jobs at a time; default: the launcher's")
-    p.add_argument("--jobs_per_gpu", type=int, help="multi_gpu: jobs at a time on each (default 1)")
-    p.add_argument("--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: partition=gpu mem=16GB ...")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--checkpoint_freq", type=int)
-    p.add_argument("--hparams", help="JSON object, for every algorithm that knows the name; wins over the sweep file")
-    p.add_argument("--holdout_fraction", type=float, help="default 0.2")
-    p.add_argument("--uda_holdout_fraction", type=float, help="of test environments, for domain_adaptation")
-    p.add_argument("--eval", choices=CHOICES["eval"], help="fast: score only what selection rules read")
-    p.add_argument("--eval_images", type=int, help="score at most so many images of a split")
-    p.add_argument("--precision", choices=CHOICES["precision"])
-    on_gpu = "auto: on a GPU capture steps, and compile them in long runs; off: neither"
-    p.add_argument("--compile", choices=CHOICES["compile"], help=on_gpu)
-    p.add_argument("--device")
-    p.add_argument("--loader", choices=CHOICES["loader"], help="reference: DomainBed's, in Pillow")
-    p.add_argument("--features", choices=CHOICES["features"], help="of a frozen tower: kept, or not")
-    p.add_argument("--num_workers", type=int, help="loader threads of each job")
-    p.add_argument("--save", choices=CHOICES["save"], help="of the models: what trained, or all")
-    p.add_argument("--keep", choices=CHOICES["keep"], help="best: also the model by training-domain validation")
-    p.add_argument(
-        "--import", dest="imports", nargs="+", metavar="MODULE", help="modules of your own: algorithms, data sets"
+    table.add_argument("--output_dir", metavar="DIR", help="folder of the sweep")
+    table.add_argument(
+        "--datasets", nargs="+", metavar="NAME", help="data sets, or folder:PATH (default: all but the Debug ones)"
     )
-    p.add_argument("--single_test_envs", action="store_true", default=None, help="no pairs of test environments")
-    p.add_argument(
-        "--test_envs", nargs="+", metavar="ENVS", help="these alone, in turn: `0 2` is two runs, `0,2` one without both"
+    table.add_argument(
+        "--algorithms",
+        nargs="+",
+        metavar="NAME",
+        help="algorithms, a row with default hyperparameters for each; with --config: only the file's rows of these",
     )
-    p.add_argument("--skip_model_save", action="store_true", default=None)
-    p.add_argument("--skip_confirmation", action="store_true", help="do not ask")
-    p.add_argument("--retry_failed", action="store_true", help="launch: the failed jobs, too")
-    p.add_argument(
-        "--dry_run", action="store_true", help="launch: print the jobs and what they may cost, write nothing"
+    table.add_argument(
+        "--hparams", metavar="JSON", help="hyperparameters for all algorithms that have them; they override the file's"
     )
-    p.add_argument("--list", action="store_true", help="one line per job, as DomainBed; else the failed ones alone")
-    p.add_argument("--json", action="store_true", help="status: for machines")
+    table.add_argument("--n_hparams_from", type=int, metavar="N", help="first hparams_seed (default: 0)")
+    table.add_argument("--n_hparams", type=int, metavar="N", help="hparams_seeds are below this number (default: 20)")
+    table.add_argument("--n_trials", type=int, metavar="N", help="number of trials (default: 3)")
+    table.add_argument("--n_trials_from", type=int, metavar="N", help="first trial_seed (default: 0)")
+    table.add_argument(
+        "--single_test_envs", action="store_true", default=None, help="leave out one environment at a time, no pairs"
+    )
+    table.add_argument(
+        "--test_envs", nargs="+", metavar="ENVS", help="test environments: `0 2` are two runs, `0,2` one without both"
+    )
+    table.add_argument("--seed", type=int, help="ignored, as in DomainBed: a job's seed is a hash of its arguments")
+    launching = p.add_argument_group("launching")
+    launching.add_argument(
+        "--command_launcher", dest="launcher", metavar="NAME", help=f"{', '.join(LAUNCHERS)} (default: local)"
+    )
+    launching.add_argument(
+        "--max_parallel", type=int, metavar="N", help="local, slurm: number of jobs at a time (default: one per core)"
+    )
+    launching.add_argument(
+        "--jobs_per_gpu", type=int, metavar="N", help="multi_gpu: number of jobs at a time on each GPU (default: 1)"
+    )
+    launching.add_argument(
+        "--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: options of sbatch, such as partition=gpu mem=16GB"
+    )
+    launching.add_argument(
+        "--launcher_options", nargs="+", metavar="KEY=VALUE", help="options of a launcher of your own"
+    )
+    launching.add_argument("--skip_confirmation", action="store_true", help="do not ask `Are you sure?`")
+    launching.add_argument("--retry_failed", action="store_true", help="launch: start the failed jobs, too")
+    launching.add_argument(
+        "--dry_run", action="store_true", help="launch: print the jobs and an estimate of their cost, and start nothing"
+    )
+    shown = p.add_argument_group("what is printed")
+    shown.add_argument("--list", action="store_true", help="all jobs, one line each; without it only the failed ones")
+    shown.add_argument("--json", action="store_true", help="status: print JSON")
+    add_flags(p, of_sweep=True)
     return p
 
 
-def confirmed() -> bool:
-    """The user's yes; never asked where nobody can answer."""
+def ask_user() -> bool:
+    """Return the user's answer; `UsageError` where there is no terminal to ask on."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(
-            "stdin is not a terminal, so the question `Are you sure?` cannot be asked: --skip_confirmation"
+            "stdin is not a terminal, so the question `Are you sure?` cannot be asked; pass --skip_confirmation"
         )
     with contextlib.suppress(EOFError):  # Ctrl-D
         if input("Are you sure? (y/n) ").lower().strip()[:1] == "y":
@@ -110,81 +114,90 @@ def confirmed() -> bool:
     return False
 
 
-def show(progress: Progress, list_all: bool) -> None:
-    # DEVIATION: DomainBed prints a line per job; of thousands of lines those that matter are lost.
-    for line in progress.lines(*(State if list_all else [State.FAILED])):
+def print_status(status: SweepStatus, list_all: bool) -> None:
+    # DEVIATION: DomainBed prints a line for every job. Among thousands, the failed ones would be overlooked.
+    for line in status.list_jobs(*(State if list_all else [State.FAILED])):
         print(line)
-    print(progress.summary())
+    print(status.summarize())
 
 
-def launch(spec: SweepSpec, args: argparse.Namespace, again: str, given: Sequence[Job] = ()) -> int:
-    """Check everything, then start what is not done; 1 if something failed. `again` is the command itself.
+def launch(spec: SweepSpec, args: argparse.Namespace, command: str, part: Sequence[Job] = ()) -> int:
+    """Check a sweep, start the jobs that are not done, and return 1 if a job failed or stopped.
 
-    The jobs are those of `spec`, unless they are `given`.
+    Args:
+        command: the command line itself, to print how to continue.
+        part: the only jobs to launch; without them, all of the sweep.
     """
-    launcher = launcher_of(spec)
+    import_plugins(spec.run_args.imports)
+    launcher = load_launcher(spec)
     rows = resolve_rows(spec)
-    jobs = list(given) or make_jobs(spec, rows)
+    jobs = list(part) or make_jobs(spec, rows)
     check_data(spec, rows)
-    before = Progress.of(jobs)
+    before = SweepStatus.of(jobs)
     # DEVIATION: DomainBed's incomplete jobs have to be deleted first.
     wanted = [State.NOT_LAUNCHED, State.INCOMPLETE] + [State.FAILED] * args.retry_failed
-    to_launch = before.among(*wanted)
+    to_launch = before.select_jobs(*wanted)
     if args.dry_run:
-        print(*before.lines(*wanted), before.summary(), f"Would launch {len(to_launch)} jobs.", sep="\n")
-        print(estimate(to_launch, before.among(State.DONE), spec.max_parallel))
+        print(*before.list_jobs(*wanted), before.summarize(), f"Would launch {len(to_launch)} jobs.", sep="\n")
+        print(estimate_cost(to_launch, before.select_jobs(State.DONE), launcher.keywords.get("max_parallel")))
         return 0
 
-    show(before, args.list)
+    print_status(before, args.list)
     resumed = before.count[State.INCOMPLETE]
-    more = f" {resumed} of them go on where they stopped." if resumed else ""
+    more = f" {resumed} of them continue where they stopped." if resumed else ""
     print(f"About to launch {len(to_launch)} jobs.{more}", flush=True)
-    if to_launch and not args.skip_confirmation and not confirmed():
+    if to_launch and not args.skip_confirmation and not ask_user():
         return 0
     output_dir = Path(spec.output_dir)
-    # Jobs that are given are a part of a sweep, whose settings stay on record.
-    known = given and (output_dir / SWEEP_FILE).exists()
-    with listed(output_dir, load_sweep(output_dir)[0] if known else described(spec, rows), jobs, part=bool(given)):
+    known = part and (output_dir / SWEEP_FILE).exists()  # then sweep.json has the settings of the whole sweep
+    description = load_sweep(output_dir)[0] if known else describe_sweep(spec, rows)
+    with register_launcher(output_dir, description, jobs, partial=bool(part)):
         try:
             codes = launcher([job.command for job in to_launch]) if to_launch else []
         except KeyboardInterrupt:
-            return interrupted(jobs, again)
+            return report_interrupt(jobs, command)
     taken = codes.count(EXIT_TAKEN)
     more = f" {taken} were taken by another launcher." if taken else ""
     print(f"Launched {len(to_launch) - taken} jobs!{more}")
-    return report(Progress.of(jobs), dict(zip((job.folder for job in to_launch), codes, strict=True)), again)
+    return report_end(SweepStatus.of(jobs), dict(zip((job.folder for job in to_launch), codes, strict=True)), command)
 
 
-def interrupted(jobs: Sequence[Job], again: str) -> int:
-    now = Progress.of(jobs)
+def report_interrupt(jobs: Sequence[Job], command: str) -> int:
+    now = SweepStatus.of(jobs)
     running = now.count[State.RUNNING]
-    kept = f"{running} still run." if running else "Incomplete ones go on from the state that they saved."
-    print(f"Interrupted: {now.summary()} {kept}\nTo go on: {again}", file=sys.stderr)
+    left = f"{running} are still running." if running else "Incomplete ones continue from the state that they saved."
+    print(f"Interrupted: {now.summarize()} {left}\nTo continue: {command}", file=sys.stderr)
     return 130
 
 
-def report(now: Progress, codes: dict[Path, int], again: str) -> int:
-    """Say on stderr what failed and how to go on; 1 if something did. `codes` are the exit codes by folder."""
-    failed = now.lines(State.FAILED)
+def report_end(now: SweepStatus, codes: Mapping[Path, int], command: str) -> int:
+    """Print which jobs failed or stopped, and how to continue; return 1 if any did.
+
+    Args:
+        codes: exit codes of the jobs that were launched, by folder.
+        command: the command line of the launch.
+    """
+    failed = now.list_jobs(State.FAILED)
     stopped = [
         f"exit code {codes[job.folder]}: {job.describe(job.state)}"
-        for job in now.among(State.INCOMPLETE, State.NOT_LAUNCHED)
+        for job in now.select_jobs(State.INCOMPLETE, State.NOT_LAUNCHED)
         if codes.get(job.folder, 0) not in (0, EXIT_TAKEN)
     ]
     if failed:
+        retry = command if "--retry_failed" in command else f"{command} --retry_failed"
         print(f"{len(failed)} of {len(now.jobs)} jobs failed:", *failed, sep="\n", file=sys.stderr)
-        print(f"To try them again: {again}{'' if '--retry_failed' in again else ' --retry_failed'}", file=sys.stderr)
+        print(f"To try them again: {retry}", file=sys.stderr)
     if stopped:
         print(f"{len(stopped)} jobs stopped before they were done:", *stopped, sep="\n", file=sys.stderr)
-        print(f"To go on: {again}", file=sys.stderr)
+        print(f"To continue: {command}", file=sys.stderr)
     if now.count[State.DONE] == len(now.jobs):
         folder = shlex.quote(str(now.jobs[0].folder.parent))
         print(f"For the tables: python -m domainbed_hp.scripts.collect_results --input_dir {folder}")
     return 1 if failed or stopped else 0
 
 
-def existing_jobs(config: str | None, flags: dict[str, Any]) -> list[Job]:
-    """The jobs that `status` and `delete_incomplete` speak of; imports no algorithm where only the folder is named."""
+def find_jobs(config: str | None, flags: dict[str, Any]) -> list[Job]:
+    """Return the jobs for `status` and `delete_incomplete`. No algorithm is imported if only the folder is named."""
     if set(flags) <= {"output_dir"}:
         output_dir = Path(flags.get("output_dir") or spec_from(config, flags).output_dir)
         if (output_dir / SWEEP_FILE).exists() or not config:
@@ -194,12 +207,12 @@ def existing_jobs(config: str | None, flags: dict[str, Any]) -> list[Job]:
 
 
 def delete_incomplete(jobs: Sequence[Job], args: argparse.Namespace) -> int:
-    """Remove the folders of jobs that are incomplete or failed; to DomainBed, too, a failed job is incomplete."""
-    before = Progress.of(jobs)
-    show(before, args.list)
-    to_delete = before.among(State.INCOMPLETE, State.FAILED)
+    """Remove the folders of incomplete and failed jobs. For DomainBed, too, a failed job is incomplete."""
+    before = SweepStatus.of(jobs)
+    print_status(before, args.list)
+    to_delete = before.select_jobs(State.INCOMPLETE, State.FAILED)
     print(f"About to delete {len(to_delete)} jobs.", flush=True)
-    if to_delete and not args.skip_confirmation and not confirmed():
+    if to_delete and not args.skip_confirmation and not ask_user():
         return 0
 
     def delete(job: Job) -> bool:
@@ -212,47 +225,44 @@ def delete_incomplete(jobs: Sequence[Job], args: argparse.Namespace) -> int:
     # DEVIATION: DomainBed removes running jobs.
     with ThreadPoolExecutor(32) as pool:  # a lease that another host left is watched for a minute
         deleted = sum(pool.map(delete, to_delete))
-    spared = before.count[State.RUNNING] + len(to_delete) - deleted
-    more = f" {spared} are running and stay." if spared else ""
+    running = before.count[State.RUNNING] + len(to_delete) - deleted
+    more = f" {running} are running and stay." if running else ""
     print(f"Deleted {deleted} jobs!{more}")
     return 0
 
 
-def status(jobs: Sequence[Job], args: argparse.Namespace) -> int:
-    now = Progress.of(jobs)
+def show_status(jobs: Sequence[Job], args: argparse.Namespace) -> int:
+    now = SweepStatus.of(jobs)
     if args.json:
         print(json.dumps(now.to_json(), indent=1))
         return 0
-    if table := now.table():
+    if table := now.make_table():
         print(table)
-    show(now, args.list)
-    if speed := now.speed():
-        print(speed)
+    print_status(now, args.list)
+    if rate := now.describe_rate():
+        print(rate)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     for name, owner in ONLY.items():
         if getattr(args, name) and args.command != owner:
             raise UsageError(f"--{name} is a flag of `{owner}`, not of `{args.command}`")
     flags = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS and value is not None}
+    command = shlex.join([*COMMAND, *argv])
     if args.jobs:
         if args.config:
-            raise UsageError("--config with --jobs: either says what to launch; give one")
-        sweeps = read_jobs(args.jobs, flags)
-        known = ["import", *vars(train_parser().parse_args([]))]
-        if strange := [name for _, jobs in sweeps for job in jobs for name in job.args if name not in known]:
-            raise registry.unknown_name(f"argument of train in {args.jobs}:", strange[0], known)
-        return max(launch(spec, args, shlex.join([*COMMAND, *argv]), jobs) for spec, jobs in sweeps)
+            raise UsageError("--config with --jobs: both say what to launch; give one of them")
+        return max(launch(spec, args, command, jobs) for spec, jobs in read_jobs(args.jobs, flags))
     if args.command == "launch":
         spec = spec_from(args.config, flags)
         args.skip_confirmation |= not (args.config or flags) or spec.launcher == "dummy"  # the quickstart asks nothing
-        return launch(spec, args, shlex.join([*COMMAND, *argv]))
+        return launch(spec, args, command)
     flags.pop("launcher", None)
-    jobs = existing_jobs(args.config, flags)
-    return status(jobs, args) if args.command == "status" else delete_incomplete(jobs, args)
+    jobs = find_jobs(args.config, flags)
+    return show_status(jobs, args) if args.command == "status" else delete_incomplete(jobs, args)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""The settings of a sweep, from a sweep file and flags."""
+"""Make the description of a sweep from a sweep file and flags."""
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from domainbed_hp import registry
+from domainbed_hp import registry, run_args
+from domainbed_hp.plugins import import_plugins
 from domainbed_hp.registry import UsageError
-from domainbed_hp.sweep.jobs import WHERE, Job
-from domainbed_hp.sweep.spec import LAUNCHER_OPTIONS, Row, SweepSpec, options_of
+from domainbed_hp.sweep.jobs import Job
+from domainbed_hp.sweep.spec import LAUNCHER_FLAGS, Row, SweepSpec, list_launcher_options
 
 
 def read_sweep_file(path: str | None) -> dict[str, Any]:
-    """The contents of a sweep file; without a path the packaged quickstart."""
+    """Return the contents of a sweep file, or of the packaged quickstart if no path is given."""
     try:
         file = Path(path) if path else resources.files("domainbed_hp") / "sweep" / "quickstart.toml"
         return tomllib.loads(file.read_text())
@@ -43,89 +45,110 @@ def parse_test_envs(texts: Sequence[str]) -> list[list[int]]:
         raise UsageError(f"--test_envs {got}: expected numbers, e.g. 0 2, or 0,2 to leave out both at once") from error
 
 
-def parse_slurm(texts: Sequence[str]) -> dict[str, str]:
+def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
-    for key, equals, _ in pairs:
-        if not (key and equals):
-            raise UsageError(f"--slurm {' '.join(texts)}: expected KEY=VALUE ..., e.g. partition=gpu mem=16GB")
+    if not all(key and equals for key, equals, _ in pairs):
+        example = "partition=gpu mem=16GB" if flag == "slurm" else "max_parallel=4"
+        raise UsageError(f"--{flag} {' '.join(texts)}: expected KEY=VALUE ..., e.g. {example}")
     return {key: value for key, _, value in pairs}
 
 
-def spec_from(config: str | None, flags: dict[str, Any]) -> SweepSpec:
-    """The sweep that a file and flags describe; flags win. Neither: the quickstart."""
+def parse_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags as a sweep file would hold them; `algorithms` and `hparams` are no keys of a sweep file."""
+    values = {name: value for name, value in flags.items() if name not in ("algorithms", "hparams")}
+    values |= {name: parse_pairs(name, values[name]) for name in ("slurm", "launcher_options") if name in values}
+    return values | ({"test_envs": parse_test_envs(values["test_envs"])} if "test_envs" in values else {})
+
+
+def spec_from(config: str | None, flags: Mapping[str, Any]) -> SweepSpec:
+    """Return the sweep that a sweep file and flags describe, or the quickstart if there are neither. Flags win."""
     source = f"--config {config}" if config else "flags" if flags else "quickstart"
-    others = {name: value for name, value in flags.items() if name not in ("algorithms", "hparams")}
     algorithms = flags.get("algorithms") or ([] if config or not flags else list(registry.ALGORITHMS))
     if config or not flags:
         values = read_sweep_file(config)
     else:
         datasets = [name for name in registry.DATASETS if not name.startswith("Debug")]
         values = {"datasets": datasets, "rows": [{"algorithm": name} for name in algorithms]}
-    if "single_test_envs" in others:
+    if "single_test_envs" in flags:
         values.pop("test_envs", None)
-    if "test_envs" in others:
-        others["test_envs"] = parse_test_envs(others["test_envs"])
-    if "slurm" in others:
-        others["slurm"] = parse_slurm(others["slurm"])
-        if isinstance(values.get("slurm"), dict):
-            others["slurm"] = values["slurm"] | others["slurm"]
-    if "launcher" in others:  # the file's options are for the file's launcher: what this one does not know is left out
-        known = options_of(registry.load(registry.LAUNCHERS, "launcher", others["launcher"]))
-        values = {name: value for name, value in values.items() if name not in LAUNCHER_OPTIONS or name in known}
-    spec = SweepSpec.of(values | others, source)
+    given = parse_flags(flags)
+    if "launcher" in given:
+        values = drop_unknown_options(values, given["launcher"], given.get("imports", values.get("imports", [])))
+    for name in ("slurm", "launcher_options"):
+        if name in given and isinstance(values.get(name), dict):
+            given[name] = values[name] | given[name]
+    spec = SweepSpec.of(values | given, source)
 
-    if "n_trials" in others:
+    if "n_trials" in given:
         spec = replace(spec, rows=tuple(replace(row, n_trials=None) for row in spec.rows))
     if algorithms:
         new = [Row(name) for name in algorithms if name not in {row.algorithm for row in spec.rows}]
         spec = replace(spec, rows=(*(row for row in spec.rows if row.algorithm in algorithms), *new))
-    return override(spec, parse_hparams(flags["hparams"])) if "hparams" in flags else spec
+    return override_hparams(spec, parse_hparams(flags["hparams"])) if "hparams" in flags else spec
 
 
-def read_jobs(path: str, flags: dict[str, Any]) -> list[tuple[SweepSpec, list[Job]]]:
-    """The jobs of a file that `collect_results --missing` wrote, by sweep; the spec checks and launches them.
+def drop_unknown_options(values: dict[str, Any], launcher: str, imports: Any) -> dict[str, Any]:
+    """Return the contents of a sweep file without options that `launcher`, which is not the file's, does not know."""
+    import_plugins(imports if isinstance(imports, list) else [])  # the launcher may be the user's
+    known = list_launcher_options(registry.load(registry.LAUNCHERS, "launcher", launcher))
+    if known is None:
+        return values
+    if isinstance(options := values.get("launcher_options"), dict):
+        values = values | {"launcher_options": {name: value for name, value in options.items() if name in known}}
+    return {name: value for name, value in values.items() if name not in LAUNCHER_FLAGS or name in known}
 
-    `flags` may say where jobs run and where data lie, nothing that would make other jobs of them.
+
+def read_jobs(path: str, flags: Mapping[str, Any]) -> list[tuple[SweepSpec, list[Job]]]:
+    """Return the jobs in a file that `collect_results --missing` wrote, by sweep, each with a spec to launch them.
+
+    `flags` may say where jobs run and where data lie, but nothing that would make other jobs of them.
     """
+    where = {name: flags[name] for name in run_args.SHARED if name in run_args.WHERE and name in flags}
     for name in flags:
-        if name not in (*WHERE, "launcher", *LAUNCHER_OPTIONS):
-            raise UsageError(f"--{name} with --jobs: what the jobs are stands in {path}")
-    where = {name: flags[name] for name in WHERE if name in flags}
+        if name not in (*where, "launcher", "launcher_options", *LAUNCHER_FLAGS):
+            raise UsageError(f"--{name} with --jobs: the jobs in {path} cannot be changed; leave out --{name}")
     try:
         entries = [(Path(job["output_dir"]), dict(job["args"])) for job in json.loads(Path(path).read_text())["jobs"]]
-        jobs = [Job.under(folder, args | where) for folder, args in entries]
-        rows = [row_of(job) for job in jobs]
+        jobs = [Job.create(folder, args | where) for folder, args in entries]
+        rows = [make_row(job) for job in jobs]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = "a file of jobs, as collect_results --missing writes it"
         raise UsageError(f"--jobs {path}: expected {expected}; got {error!r}") from error
     if not jobs:
         raise UsageError(f"--jobs {path}: no jobs in it; nothing was missing")
-    values = {**flags, "slurm": parse_slurm(flags["slurm"])} if "slurm" in flags else flags
-    found = []
-    for folder in dict.fromkeys(job.folder.parent for job in jobs):
-        mine = [job for job in jobs if job.folder.parent == folder]
-        of_mine = [row for row, job in zip(rows, jobs, strict=True) if job.folder.parent == folder]
-        datasets = list(dict.fromkeys(job.args["dataset"] for job in mine))
-        imports = list(dict.fromkeys(module for job in mine for module in job.args.get("import", [])))
-        data_dir = next((job.args["data_dir"] for job in mine if job.args.get("data_dir")), "")
-        told = {"data_dir": data_dir, "output_dir": str(folder), "datasets": datasets, "imports": imports}
-        spec = SweepSpec.of({**told, **values, "rows": [{"algorithm": of_mine[0].algorithm}]}, f"--jobs {path}")
-        different = [row for i, row in enumerate(of_mine) if row not in of_mine[:i]]
-        found.append((replace(spec, rows=tuple(different)), mine))
-    return found
+    known = run_args.FLAG_NAMES.values()
+    if strange := [name for job in jobs for name in job.args if name not in known]:
+        raise registry.unknown_name(f"argument of train in {path}:", strange[0], known)
+    by_folder: dict[Path, list[tuple[Job, Row]]] = defaultdict(list)
+    for job, row in zip(jobs, rows, strict=True):
+        by_folder[job.folder.parent].append((job, row))
+    sweeps = []
+    for folder, pairs in by_folder.items():
+        jobs = [job for job, _ in pairs]
+        values = {
+            "output_dir": str(folder),
+            "datasets": list(dict.fromkeys(job.args["dataset"] for job in jobs)),
+            "imports": list(dict.fromkeys(module for job in jobs for module in job.args.get("import", []))),
+            "data_dir": next((job.args["data_dir"] for job in jobs if job.args.get("data_dir")), ""),
+            "rows": [{"algorithm": pairs[0][1].algorithm}],
+        }
+        spec = SweepSpec.of(values | parse_flags(flags), f"--jobs {path}")
+        different = [row for i, (_, row) in enumerate(pairs) if row not in [other for _, other in pairs[:i]]]
+        sweeps.append((replace(spec, rows=tuple(different)), jobs))
+    return sweeps
 
 
-def row_of(job: Job) -> Row:
+def make_row(job: Job) -> Row:
     hparams = parse_hparams(job.args.get("hparams") or "{}")
     return Row(job.args["algorithm"], job.args.get("label") or "", hparams, job.args.get("steps"))
 
 
-def override(spec: SweepSpec, hparams: dict[str, Any]) -> SweepSpec:
-    """`hparams` for every algorithm that knows the name, also where a row or an algorithm sets its own value."""
+def override_hparams(spec: SweepSpec, hparams: dict[str, Any]) -> SweepSpec:
+    """Return `spec` with `hparams` for every algorithm that has them, also where a row or an algorithm sets its own."""
 
-    def won(table: dict[str, Any]) -> dict[str, Any]:
+    def replace_values(table: dict[str, Any]) -> dict[str, Any]:
         return table | {name: value for name, value in hparams.items() if name in table}
 
-    fixed = {name: won(value) if isinstance(value, dict) else value for name, value in spec.hparams.items()}
-    rows = tuple(replace(row, hparams=won(row.hparams)) for row in spec.rows)
+    fixed = {name: replace_values(value) if isinstance(value, dict) else value for name, value in spec.hparams.items()}
+    rows = tuple(replace(row, hparams=replace_values(row.hparams)) for row in spec.rows)
     return replace(spec, rows=rows, hparams=fixed | hparams)

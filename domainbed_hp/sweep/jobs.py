@@ -1,4 +1,4 @@
-"""A job: the arguments of a run, the folder that they name, and the list of a sweep's jobs in `sweep.json`."""
+"""Jobs, and the list of a sweep's jobs in its `sweep.json`. A job is one run: its arguments and its folder."""
 
 import contextlib
 import hashlib
@@ -17,46 +17,47 @@ import filelock
 from domainbed_hp import run_dir
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import identify
 from domainbed_hp.run_dir import State
 
 TRAIN_MODULE = "domainbed_hp.scripts.train"
 SWEEP_FILE = "sweep.json"
 LAUNCHERS = "launchers"
-"""Folder beside it: what each launcher at work claims."""
-WHERE = ("data_dir", "device", "num_workers", "features", "compile")
-"""Arguments that say where and how fast a job runs, and make no other job of it."""
-# DEVIATION: DomainBed names a job after its data_dir too, so that moving the data orphans every finished job.
-NOT_IDENTITY = ("output_dir", *WHERE)
+"""Folder in that of a sweep; it has a folder for each launcher that is at work."""
 
 
 def job_name(args: Mapping[str, Any]) -> str:
-    """The md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
+    """Return the md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
     return hashlib.md5(json.dumps(dict(args), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: the arguments of `train`, without its output_dir, and the folder it writes to."""
+    """One run of a sweep."""
 
     args: dict[str, Any]
+    """Arguments of `train`, by the names of their flags, without output_dir."""
     folder: Path
+    """The run's output_dir."""
 
     @classmethod
-    def under(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
-        identity = {key: value for key, value in args.items() if key not in NOT_IDENTITY}
-        return cls(args, output_dir / job_name(identity))
+    def create(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
+        """Return the job with these arguments; its name is that of its folder in `output_dir`."""
+        return cls(args, output_dir / job_name(identify(args)))
 
     @property
     def state(self) -> State:
+        """State of the run, read from its folder."""
         return run_dir.read_state(self.folder)
 
     @property
     def row(self) -> str:
+        """Label of the row of a table that the run belongs to."""
         return str(self.args.get("label", self.args["algorithm"]))
 
     @property
     def command(self) -> list[str]:
-        """argv of the run, flags in sorted order; a list is several items, a boolean is a flag without a value."""
+        """Command line of the run. Flags are sorted; a list becomes several items, True a flag without a value."""
         command = [sys.executable, "-m", TRAIN_MODULE]
         for key, value in sorted({**self.args, "output_dir": self.folder}.items()):
             command.append(f"--{key}")
@@ -67,28 +68,28 @@ class Job:
         return command
 
     def describe(self, state: State) -> str:
-        """One line, as DomainBed's; a failed job says why."""
+        """Return one line, as DomainBed's, with the error of a failed job."""
         what = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
         why = f": {run_dir.read_failure(self.folder)}" if state == State.FAILED else ""
         return f"{state}: {self.folder} {what}{why}"
 
     def delete(self) -> None:
-        """Remove the folder; `RunTaken` where the run is done or somebody works on it."""
-        with run_dir.RunLock(self.folder):  # nobody starts it meanwhile
+        """Remove the job's folder; `RunTaken` if the run is done or a process works on it."""
+        with run_dir.RunLock(self.folder):  # no other process starts the job meanwhile
             for path in self.folder.iterdir():
                 if path.name != run_dir.LOCK:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        with contextlib.suppress(OSError):  # not empty: somebody starts it, afresh
+        with contextlib.suppress(OSError):  # not empty: another process starts the job again
             self.folder.rmdir()
 
 
 def load_jobs(output_dir: Path) -> list[Job]:
-    """The jobs that were launched into `output_dir`, without importing an algorithm."""
+    """Return the jobs that were launched into `output_dir`. No algorithm is imported."""
     return load_sweep(output_dir)[1]
 
 
 def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
-    """What sweep.json says of a sweep (version, spec, rows), and its jobs."""
+    """Return the description of a sweep in its sweep.json (version, spec, rows) and its jobs."""
     path = output_dir / SWEEP_FILE
     try:
         sweep = json.loads(path.read_text())
@@ -103,38 +104,43 @@ def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
 
 
 @contextlib.contextmanager
-def listed(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], part: bool = False) -> Iterator[None]:
-    """List `jobs` in sweep.json, with what `sweep` says of them, and count among the sweep's launchers meanwhile.
+def register_launcher(
+    output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], *, partial: bool = False
+) -> Iterator[None]:
+    """List `jobs` in sweep.json and count this process among the sweep's launchers inside the `with` block.
 
-    They may be `part` of a sweep: then all others stay listed.
+    Args:
+        sweep: description of the sweep, the other keys of sweep.json.
+        partial: True if the sweep has more jobs than these; all of them stay listed.
     """
     folder = output_dir / LAUNCHERS
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder / run_dir.LOCK, timeout=60):
-                others = part or bool(launchers(output_dir))
+                at_work = bool(find_launchers(output_dir))
                 stack.enter_context(run_dir.RunLock(folder / f"{socket.gethostname()}-{os.getpid()}"))
-                save(output_dir, sweep, jobs, others)
+                save_sweep(output_dir, sweep, jobs, list_all=partial or at_work)
         except OSError as error:
             raise UsageError(f"{output_dir}: cannot be written to: {error.strerror or error}") from error
         yield
 
 
-def launchers(output_dir: Path) -> list[float]:
-    """When those that are at work on a sweep began."""
-    began = []
+def find_launchers(output_dir: Path) -> list[float]:
+    """Return when each launcher that is at work on a sweep started, in seconds since the epoch."""
+    started = []
     for folder in (output_dir / LAUNCHERS).glob("*-*"):
-        with contextlib.suppress(OSError):  # it ends just now
+        with contextlib.suppress(OSError):  # the launcher ends just now
             if run_dir.read_holder(folder):
-                began.append(folder.stat().st_mtime)  # of the folder: its last change was the lock's creation
-    return began
+                started.append(folder.stat().st_mtime)  # of the folder: its last change was the creation of the lock
+    return started
 
 
-def save(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], others: bool) -> None:
-    """Write sweep.json whole or not at all; what earlier launches left in the folder stays listed.
+def save_sweep(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], *, list_all: bool) -> None:
+    """Write sweep.json, whole or not at all. Jobs of earlier launches stay listed if they have a folder.
 
-    What they never started does not, or a launch by mistake would count for ever, unless `others` are at work on it.
+    With `list_all` the others stay, too: another launcher will start them. Without it they go, so that a launch with
+    wrong arguments leaves no jobs behind.
     """
     path = output_dir / SWEEP_FILE
     earlier: list[Job] = []
@@ -142,7 +148,7 @@ def save(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], others
     if path.exists():
         folders = {job.folder for job in jobs}
         earlier = [job for job in load_jobs(output_dir) if job.folder not in folders]
-        earlier = [job for job in earlier if others or job.state != State.NOT_LAUNCHED]
+        earlier = [job for job in earlier if list_all or job.state != State.NOT_LAUNCHED]
     if earlier:
         used = {job.row for job in earlier} | set(rows)
         rows = {row["label"]: row for row in json.loads(path.read_text())["rows"] if row["label"] in used} | rows

@@ -1,8 +1,4 @@
-"""A sweep: runs described once, made into jobs whose state is on disk.
-
-No torch here: `checking.resolve_rows` needs it, because hparams stand beside the algorithms that read them;
-`jobs.listed` keeps its answer in `<output_dir>/sweep.json`, so that the state of a sweep is told without torch.
-"""
+"""The description of a sweep, and the list of jobs that follows from it. No torch is imported here."""
 
 import inspect
 import json
@@ -12,37 +8,33 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from domainbed_hp import __version__, registry
+from domainbed_hp import __version__, registry, run_args
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.sweep.jobs import Job
 
-CHOICES = {
-    "task": ("domain_generalization", "domain_adaptation"),
-    "precision": ("fp32", "bf16"),
-    "compile": ("auto", "on", "off"),
-    "loader": ("batched", "reference"),
-    "features": ("cached", "encode"),
-    "eval": ("full", "fast"),
-    "save": ("trained", "full"),
-    "keep": ("last", "best"),
-}
-"""Values of those arguments that have few."""
-LAUNCHER_OPTIONS = ("max_parallel", "jobs_per_gpu", "slurm")
+LAUNCHER_FLAGS: dict[str, Any] = {"max_parallel": int, "jobs_per_gpu": int, "slurm": dict[str, Any]}
+"""Options of the package's launchers that have a flag and a key of their own, with their types."""
+UNIONS = (UnionType, Union)
+"""Origins of `int | None` and `Optional[int]`."""
+PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
+"""Functions that read a launcher's option from the command line."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: an algorithm and what is set for it. An ablation is a row, not a class."""
+    """One row of a table: an algorithm and its settings. An ablation is a row, not a class."""
 
     algorithm: str
     label: str = ""
     hparams: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    """Number of updates, in place of the sweep's."""
     n_trials: int | None = None
-    """In place of the sweep's."""
+    """Number of trials, in place of the sweep's."""
 
     @property
     def name(self) -> str:
@@ -51,139 +43,169 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """What a sweep runs. The fields are the keys of a sweep file; defaults are DomainBed's."""
+    """The description of a sweep. Its fields are keys of a sweep file, except `run`; defaults are DomainBed's."""
 
     output_dir: str
     datasets: tuple[str, ...]
     rows: tuple[Row, ...]
-    data_dir: str = ""
-    task: str = "domain_generalization"
     n_trials: int = 3
     n_trials_from: int = 0
     n_hparams_from: int = 0
     n_hparams: int = 20
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
     single_test_envs: bool = False
     test_envs: tuple[tuple[int, ...], ...] = ()
-    """Empty: every single environment and, unless `single_test_envs`, every pair."""
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    eval: str | None = None
-    eval_images: int | None = None
-    precision: str | None = None
-    compile: str | None = None
-    device: str | None = None
-    loader: str | None = None
-    features: str | None = None
-    save: str | None = None
-    keep: str | None = None
-    num_workers: int | None = None
-    skip_model_save: bool = False
-    imports: tuple[str, ...] = ()
-    """Modules with algorithms and data sets of the user's own, `--import`."""
+    """Lists of test environments. Empty: every single one and, unless `single_test_envs`, every pair."""
     launcher: str = "local"
-    max_parallel: int | None = None
-    jobs_per_gpu: int | None = None
-    slurm: dict[str, Any] = field(default_factory=dict)
-    """Options of sbatch: partition, time, mem, ..."""
+    launcher_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the launcher."""
     hparams: dict[str, Any] = field(default_factory=dict)
-    """`name: value` for every algorithm that knows the name, and `algorithm: {name: value}` for one alone."""
+    """`name: value` for every algorithm that has the hparam, and `algorithm: {name: value}` for one algorithm."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Arguments that all runs share, as far as they are given; the sweep file has them as keys of its own."""
+
+    @property
+    def run_args(self) -> RunArgs:
+        """The arguments that all runs share, with the defaults of those that are not given."""
+        return RunArgs.of(self.run)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str) -> "SweepSpec":
-        """A checked spec from the contents of a sweep file; `source` is named in errors."""
+        """Return the spec in the contents of a sweep file.
+
+        Args:
+            source: name of the sweep file, for messages.
+
+        Raises:
+            UsageError: an unknown key, a value of the wrong type or out of range, or no job in the sweep.
+        """
         rows = values.get("rows", ())
         if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
             raise UsageError(f"{source}: `rows` are tables: write [[rows]] above each")
-        rows = tuple(Row(**_typed(Row, row, f"[[rows]] of {source}")) for row in rows)
-        spec = cls(**_typed(cls, {**values, "rows": rows}, source))
-        if not (spec.output_dir and spec.datasets and spec.rows):
-            raise UsageError(f"{source}: output_dir, datasets and rows must not be empty")
-        if spec.n_trials < 1 or spec.n_trials_from < 0 or not 0 <= spec.n_hparams_from < spec.n_hparams:
-            seeds = f"hparams seeds from {spec.n_hparams_from} (n_hparams_from) to below {spec.n_hparams} (n_hparams)"
-            trials = f"n_trials {spec.n_trials} from {spec.n_trials_from} (n_trials_from)"
-            raise UsageError(f"{source}: no jobs: {trials}, {seeds}")
-        counts = {name: getattr(spec, name) for name in ("steps", "checkpoint_freq", "eval_images", *LAUNCHER_OPTIONS)}
-        own = [(f"{name} of {row.name}", getattr(row, name)) for row in rows for name in ("steps", "n_trials")]
-        for name, value in [*counts.items(), *own]:
-            if isinstance(value, int) and value < 1:
-                raise UsageError(f"{source}: {name} is {value}; it must be at least 1")
-        for name, value in spec.slurm.items():
-            if not isinstance(value, str | int | float):
-                raise UsageError(f"{source}: slurm.{name} is {value!r}; expected a word or a number")
-        if spec.task == "domain_adaptation" and not spec.uda_holdout_fraction:
-            raise UsageError(f"{source}: domain_adaptation needs uda_holdout_fraction: no image would be unlabeled")
-        for name, known in CHOICES.items():
-            if getattr(spec, name) not in (None, *known):
-                raise registry.unknown_name(f"{name} in {source}:", getattr(spec, name), known)
-        names = [row.name for row in rows]
-        for row in rows:
-            if row.name in registry.ALGORITHMS and row.name != row.algorithm:
-                raise UsageError(f"{source}: label {row.label!r} of {row.algorithm} is another algorithm's name")
-            if names.count(row.name) > 1:
-                raise UsageError(f"{source}: two rows are called {row.name!r}; give each a `label` of its own")
+        rows = tuple(Row(**check_types(Row, row, f"[[rows]] of {source}")) for row in rows)
+        values = check_types(cls, {**values, "rows": rows}, source)
+        run = {name: values.pop(name) for name in run_args.SHARED if name in values}
+        run = {name: value for name, value in run.items() if value != ""}  # data_dir = "" is not given
+        options = {name: values.pop(name) for name in LAUNCHER_FLAGS if name in values}
+        spec = cls(**values | {"launcher_options": values.get("launcher_options", {}) | options, "run": run})
+        try:
+            spec.check()
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
         return spec
 
+    def check(self) -> None:
+        """`UsageError` for values that make no sweep."""
+        if not (self.output_dir and self.datasets and self.rows):
+            raise UsageError("output_dir, datasets and rows must not be empty")
+        if self.n_trials < 1 or self.n_trials_from < 0 or not 0 <= self.n_hparams_from < self.n_hparams:
+            seeds = f"hparams seeds from {self.n_hparams_from} (n_hparams_from) to below {self.n_hparams} (n_hparams)"
+            raise UsageError(f"no jobs: n_trials {self.n_trials} from {self.n_trials_from} (n_trials_from), {seeds}")
+        counts = {name: self.launcher_options.get(name) for name in LAUNCHER_FLAGS}
+        counts |= {f"{name} of {row.name}": getattr(row, name) for row in self.rows for name in ("steps", "n_trials")}
+        for name, value in counts.items():
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"{name}: got {value}, expected at least 1")
+        for name, value in self.launcher_options.get("slurm", {}).items():
+            if not isinstance(value, str | int | float):
+                raise UsageError(f"slurm.{name}: got {value!r}, expected a word or a number")
+        args = self.run_args  # checks its values
+        if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
+            raise UsageError("domain_adaptation needs uda_holdout_fraction above 0: without it no image is unlabeled")
+        names = [row.name for row in self.rows]
+        for row in self.rows:
+            if row.name in registry.ALGORITHMS and row.name != row.algorithm:
+                raise UsageError(f"label {row.label!r} of {row.algorithm} is another algorithm's name")
+            if names.count(row.name) > 1:
+                raise UsageError(f"two rows are called {row.name!r}; give each a `label` of its own")
 
-def _typed(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`values` as arguments of the dataclass `cls`: known names, the right types, nothing missing, lists as tuples."""
-    hints = get_type_hints(cls)
+
+def list_types(cls: type) -> dict[str, Any]:
+    """Return the type of each key that a table of a sweep file may have, for a `Row` or the whole `SweepSpec`."""
+    types = get_type_hints(cls)
+    if cls is SweepSpec:
+        del types["run"]
+        types |= LAUNCHER_FLAGS | {name: run_args.TYPES[name] for name in run_args.SHARED}
+    return types
+
+
+def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return `values` with lists as tuples, after a check of their names and types against those of `cls`."""
+    types = list_types(cls)
     for name, value in values.items():
-        if name not in hints:
-            raise registry.unknown_name(f"key of {source}:", name, hints)
-        if not _matches(value, hints[name]):
-            raise UsageError(f"{source}: {name} is {value!r}; expected {_wanted(hints[name])}")
+        if name not in types:
+            raise registry.unknown_name(f"key of {source}:", name, types)
+        if not is_of_type(value, types[name]):
+            raise UsageError(f"{source}: {name} is {value!r}; expected {describe_type(types[name])}")
     missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
     if missing:
         raise UsageError(f"{source}: missing {', '.join(missing)}")
-    return {name: _frozen(value) for name, value in values.items()}
+    return {name: to_tuple(value) for name, value in values.items()}
 
 
-def _matches(value: Any, hint: Any) -> bool:
+def is_of_type(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
-    if origin is UnionType:
-        return any(_matches(value, each) for each in inner)
+    if hint in (Any, inspect.Parameter.empty):
+        return True
+    if origin in UNIONS:
+        return any(is_of_type(value, option) for option in inner)
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_matches(item, inner[0]) for item in value)
-    return type(value) in ((int, float) if hint is float else (origin or hint,))
+        return isinstance(value, list | tuple) and all(is_of_type(item, inner[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, origin)
+    return type(value) in ((int, float) if hint is float else (hint,))  # not isinstance: True is no int here
 
 
-def _wanted(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is tuple:
-        return f"a list of {_wanted(inner[0])}"
-    return _wanted(inner[0]) if origin is UnionType else (origin or hint).__name__
+        return f"a list of {describe_type(inner[0])}"
+    return describe_type(inner[0]) if origin in UNIONS else str((origin or hint).__name__)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def to_tuple(value: Any) -> Any:
+    return tuple(to_tuple(item) for item in value) if isinstance(value, list) else value
 
 
-def options_of(launcher: Callable[..., list[int]]) -> list[str]:
-    """Those of `LAUNCHER_OPTIONS` that `launcher` takes."""
-    parameters = inspect.signature(launcher).parameters
-    every = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    return [name for name in LAUNCHER_OPTIONS if every or name in parameters]
+def list_launcher_options(launcher: Callable[..., list[int]]) -> dict[str, Any] | None:
+    """Return the type of each option of a launcher, that is, of each parameter after the commands; None: any option."""
+    parameters = list(inspect.signature(launcher, eval_str=True).parameters.values())[1:]
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name: parameter.annotation for parameter in parameters}
 
 
-def launcher_of(spec: SweepSpec) -> Callable[[list[list[str]]], list[int]]:
-    """The launcher with the options that were given; `UsageError` for one that it does not know."""
+def load_launcher(spec: SweepSpec) -> partial[list[int]]:
+    """Return the spec's launcher with its options; `UsageError` for an unknown option or a value of the wrong type."""
     launcher = registry.load(registry.LAUNCHERS, "launcher", spec.launcher)
-    given = {name: getattr(spec, name) for name in LAUNCHER_OPTIONS if getattr(spec, name)}
-    for name in given:
-        if name not in options_of(launcher):
-            raise registry.unknown_name(f"option of launcher {spec.launcher}", name, options_of(launcher) or ["none"])
-    if spec.slurm:
-        given["slurm"] = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in spec.slurm.items()}
-    return partial(launcher, **given)
+    known, options = list_launcher_options(launcher), dict(spec.launcher_options)
+    for name, value in options.items():
+        if known is not None and name not in known:
+            raise registry.unknown_name(f"option of launcher {spec.launcher}", name, known or ["none"])
+        options[name] = read_option(name, value, Any if known is None else known[name])
+    return partial(launcher, **options)
+
+
+def read_option(name: str, value: Any, hint: Any) -> Any:
+    """Return the value of a launcher's option in its annotated type, parsed if it is a word of the command line."""
+    if isinstance(value, dict):  # options of sbatch, which are words
+        return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in value.items()}
+    if is_of_type(value, hint):
+        return value
+    options = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+    parse: Callable[[str], Any] | None = PARSERS.get(options[0])
+    try:
+        if isinstance(value, str) and parse is not None:
+            return parse(value)
+    except (KeyError, ValueError):
+        pass
+    raise UsageError(f"launcher option {name}: got {value!r}, expected {describe_type(hint)}")
 
 
 def choose_test_envs(spec: SweepSpec, dataset: str) -> list[list[int]]:
-    """The lists of test environments of one data set; by default [0], [0, 1], [0, 2], ..., [1], [1, 2], ..."""
+    """Return the lists of test environments of one data set; by default [0], [0, 1], [0, 2], ..., [1], [1, 2], ..."""
     from domainbed_hp.datasets.open import find_spec
 
-    count = len(find_spec(dataset, spec.data_dir).environments)
+    count = len(find_spec(dataset, spec.run_args.data_dir).environments)
     if spec.test_envs:
         chosen = [list(envs) for envs in spec.test_envs]
     elif spec.single_test_envs:
@@ -200,61 +222,48 @@ def choose_test_envs(spec: SweepSpec, dataset: str) -> list[list[int]]:
 
 
 def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
-    """One job per trial, data set, row, test environments and hparams seed, nested in this order as in DomainBed.
+    """Return one job per trial, data set, row, test environments and hparams seed, nested in this order of DomainBed.
 
     A job's seed does not depend on the row's label, hparams or steps: rows of one algorithm see the same batches.
     """
     test_envs_of = {dataset: choose_test_envs(spec, dataset) for dataset in spec.datasets}
-    optional = [
-        "checkpoint_freq",
-        "eval",
-        "eval_images",
-        "precision",
-        "compile",
-        "device",
-        "loader",
-        "features",
-        "save",
-        "keep",
-        "data_dir",
-        "skip_model_save",
-        "uda_holdout_fraction",
-    ]
-    most = max(row.n_trials or spec.n_trials for row in rows)
+    # What is empty by default and empty here is left out, as DomainBed does; 0 threads are not empty.
+    shared = {name: value for name, value in spec.run.items() if value or value != run_args.SHARED[name]}
+    shared = {"holdout_fraction": spec.run_args.holdout_fraction, "task": spec.run_args.task} | shared
     jobs = []
-    nested = product(range(most), spec.datasets, rows)
-    for trial, dataset, row in (each for each in nested if each[0] < (each[2].n_trials or spec.n_trials)):
+    trials = max(row.n_trials or spec.n_trials for row in rows)
+    for trial, dataset, row in product(range(trials), spec.datasets, rows):
+        if trial >= (row.n_trials or spec.n_trials):
+            continue
         trial_seed = spec.n_trials_from + trial
+        own = {
+            "label": row.label,
+            "hparams": json.dumps(row.hparams, sort_keys=True) if row.hparams else "",
+            "steps": row.steps,
+        }
+        row_args = shared | {name: value for name, value in own.items() if value}
         for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
-            args: dict[str, Any] = {
+            args = row_args | {
                 "dataset": dataset,
                 "algorithm": row.algorithm,
                 "test_envs": test_envs,
-                "holdout_fraction": spec.holdout_fraction,
                 "hparams_seed": hparams_seed,
-                "task": spec.task,
                 "trial_seed": trial_seed,
                 "seed": seed_hash(dataset, row.algorithm, test_envs, hparams_seed, trial_seed),
             }
-            extra = {key: getattr(spec, key) for key in optional}
-            extra["steps"] = row.steps or spec.steps
-            extra["hparams"] = json.dumps(row.hparams, sort_keys=True) if row.hparams else None
-            extra["label"] = row.label
-            extra["import"] = list(spec.imports)
-            args |= {key: value for key, value in extra.items() if value}
-            if spec.num_workers is not None:  # 0 is a value
-                args["num_workers"] = spec.num_workers
-            jobs.append(Job.under(Path(spec.output_dir), args))
+            jobs.append(Job.create(Path(spec.output_dir), run_args.name_flags(args)))
     if len({job.folder for job in jobs}) < len(jobs):
         raise UsageError("the same job twice: a data set or an entry of test_envs is repeated")
     return jobs
 
 
-def described(spec: SweepSpec, rows: Sequence[Row]) -> dict[str, Any]:
-    """What sweep.json says of a sweep beside its jobs: for who reads a table made of them."""
-    kept: list[dict[str, Any]] = []
+def describe_sweep(spec: SweepSpec, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the description of a sweep for its sweep.json, from which reports read the rows and the settings."""
+    described = []
     for row in rows:
-        kept.append({"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams})
-        if any(each.n_trials for each in rows):  # fewer trials than others have are then meant
-            kept[-1]["n_trials"] = row.n_trials or spec.n_trials
-    return {"version": __version__, "spec": asdict(spec), "rows": kept}
+        entry: dict[str, Any] = {"algorithm": row.algorithm, "label": row.name, "hparams": row.hparams}
+        if any(other.n_trials for other in rows):  # tells reports that no trials of this row are missing
+            entry["n_trials"] = row.n_trials or spec.n_trials
+        described.append(entry)
+    values = asdict(spec)
+    return {"version": __version__, "spec": values.pop("run") | values, "rows": described}

@@ -1,4 +1,4 @@
-"""How far a sweep is and what the rest of it costs, from the files of its jobs; no torch, no pandas."""
+"""Count the states of a sweep's jobs, and estimate how long the rest takes. No torch or pandas is imported here."""
 
 import time
 from collections import Counter, defaultdict
@@ -8,40 +8,40 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tabulate import tabulate
-
 from domainbed_hp import run_dir
 from domainbed_hp.records import last_record
 from domainbed_hp.run_dir import State
-from domainbed_hp.sweep.jobs import Job, launchers
+from domainbed_hp.sweep.jobs import Job, find_launchers
 
 RECENT = 50
-"""Jobs done last, by which the rate goes."""
+"""Number of the latest finished jobs that the rate is computed from."""
 SHOWN = (State.DONE, State.RUNNING, State.FAILED, State.INCOMPLETE, State.NOT_LAUNCHED)
 ALWAYS = (State.DONE, State.INCOMPLETE, State.NOT_LAUNCHED)
-"""The states of DomainBed: its summary counts them, be they 0."""
+"""The states of DomainBed. Its summary shows them even if no job has them."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A sweep at one moment."""
+class SweepStatus:
+    """The states of a sweep's jobs at one moment."""
 
     jobs: Sequence[Job]
     states: Sequence[State]
     jobs_per_hour: float | None
-    """None: nothing is running, or nothing is done yet."""
+    """None if no job is running or none has finished."""
     launchers: int
-    """At work on it."""
+    """Number of launchers at work."""
 
     @classmethod
-    def of(cls, jobs: Sequence[Job]) -> "Progress":
+    def of(cls, jobs: Sequence[Job]) -> "SweepStatus":
+        """Read the states of `jobs` from their folders."""
         states = [job.state for job in jobs]
-        began = launchers(jobs[0].folder.parent) if jobs else []
+        launched = find_launchers(jobs[0].folder.parent) if jobs else []
         per_hour = None
         if State.RUNNING in states:
             done = [job.folder / run_dir.DONE for job, state in zip(jobs, states, strict=True) if state == State.DONE]
-            per_hour = rate([path.stat().st_mtime for path in done], time.time(), min(began, default=0.0))
-        return cls(jobs, states, per_hour, len(began))
+            finished = [path.stat().st_mtime for path in done]
+            per_hour = compute_rate(finished, time.time(), min(launched, default=0.0))
+        return cls(jobs, states, per_hour, len(launched))
 
     @property
     def count(self) -> Counter[State]:
@@ -49,110 +49,118 @@ class Progress:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until nothing but failures is left, if the rest is like the jobs done last."""
+        """Seconds until all jobs but the failed ones are done, at the present rate."""
         left = len(self.jobs) - self.count[State.DONE] - self.count[State.FAILED]
         return None if self.jobs_per_hour is None else 3600 * left / self.jobs_per_hour
 
-    def among(self, *states: State) -> list[Job]:
+    def select_jobs(self, *states: State) -> list[Job]:
+        """Return the jobs that are in one of `states`."""
         return [job for job, state in zip(self.jobs, self.states, strict=True) if state in states]
 
-    def lines(self, *states: State) -> list[str]:
-        """One line per job in one of `states`."""
-        described = zip(self.jobs, self.states, strict=True)
-        return [job.describe(state) for job, state in described if state in states]
+    def list_jobs(self, *states: State) -> list[str]:
+        """Return one line for each job that is in one of `states`."""
+        pairs = zip(self.jobs, self.states, strict=True)
+        return [job.describe(state) for job, state in pairs if state in states]
 
-    def summary(self) -> str:
-        """One line, as DomainBed's; the states that it does not know are told where there are any."""
+    def summarize(self) -> str:
+        """Return one line with the number of jobs in each state, as DomainBed's."""
         count = self.count
         parts = [f"{count[state]} {state.lower()}" for state in SHOWN if state in ALWAYS or count[state]]
         return f"{len(self.jobs)} jobs: {', '.join(parts)}."
 
-    def table(self) -> str:
-        """States counted by row and data set; empty where all jobs are of one."""
+    def make_table(self) -> str:
+        """Return the number of jobs in each state by row and data set; "" if all jobs have the same."""
         states = [state for state in SHOWN if state in self.states]
-        cells = [[*key, *(count[state] or None for state in states)] for key, count in self.by_row().items()]
-        return tabulate(cells, ["row", "data set", *(s.lower() for s in states)]) if len(cells) > 1 else ""
+        cells = [[*key, *(count[state] or None for state in states)] for key, count in self.count_by_row().items()]
+        if len(cells) < 2:
+            return ""
+        from tabulate import tabulate
 
-    def speed(self) -> str:
-        """One line on the rate; empty where nobody is at work."""
+        return tabulate(cells, ["row", "data set", *(s.lower() for s in states)])
+
+    def describe_rate(self) -> str:
+        """Return one line on the rate and the time that is left; "" if no launcher is at work."""
         if self.jobs_per_hour is None or self.eta_s is None:
             return "At work; the rate shows once a job is done." if self.launchers or self.count[State.RUNNING] else ""
-        return f"{self.jobs_per_hour:.3g} jobs an hour: at this rate the rest is done in {duration(self.eta_s)}."
+        left = format_duration(self.eta_s)
+        return f"{self.jobs_per_hour:.3g} jobs an hour: at this rate the rest is done in {left}."
 
-    def by_row(self) -> dict[tuple[str, str], Counter[State]]:
+    def count_by_row(self) -> dict[tuple[str, str], Counter[State]]:
+        """Return (row, data set) -> number of jobs in each state."""
         counts: dict[tuple[str, str], Counter[State]] = defaultdict(Counter)
         for job, state in zip(self.jobs, self.states, strict=True):
             counts[job.row, job.args["dataset"]][state] += 1
         return counts
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for machines."""
+        """Return the whole status, for `status --json`."""
 
-        def named(count: Counter[State]) -> dict[str, int]:
+        def by_name(count: Counter[State]) -> dict[str, int]:
             return {state.name.lower(): count[state] for state in SHOWN}
 
-        listed = []
+        jobs = []
         for job, state in zip(self.jobs, self.states, strict=True):
             error = {"error": run_dir.read_failure(job.folder)} if state == State.FAILED else {}
-            listed.append({"folder": str(job.folder), "state": state.name.lower(), **error, "args": job.args})
+            jobs.append({"folder": str(job.folder), "state": state.name.lower(), **error, "args": job.args})
         return {
             "total": len(self.jobs),
-            **named(self.count),
+            **by_name(self.count),
             "launchers": self.launchers,
             "jobs_per_hour": self.jobs_per_hour,
             "eta_s": self.eta_s,
-            "rows": [{"row": row, "dataset": of, **named(count)} for (row, of), count in self.by_row().items()],
-            "jobs": listed,
+            "rows": [{"row": row, "dataset": of, **by_name(count)} for (row, of), count in self.count_by_row().items()],
+            "jobs": jobs,
         }
 
 
-def rate(done: Sequence[float], now: float, began: float = 0.0) -> float | None:
-    """Jobs an hour, of those done last and since the launchers at work `began`: before, the sweep may have paused.
+def compute_rate(finished: Sequence[float], now: float, start: float = 0.0) -> float | None:
+    """Return how many jobs an hour finished of late, from the times when they finished; None if that is unknown.
 
-    None where that is none.
+    Jobs count that finished after `start`, when the first launcher at work started: before, the sweep may have paused.
     """
-    recent = sorted(done)[-RECENT:]
-    if len(done) > RECENT or not began:
-        began = max([began, *recent[:1]])
-    count = sum(at > began for at in recent)
-    return 3600 * count / (now - began) if count and now > began else None
+    recent = sorted(finished)[-RECENT:]
+    if len(finished) > RECENT or not start:
+        start = max([start, *recent[:1]])
+    count = sum(at > start for at in recent)
+    return 3600 * count / (now - start) if count and now > start else None
 
 
-def estimate(jobs: Sequence[Job], finished: Sequence[Job], parallel: int | None = None) -> str:
-    """What `jobs` cost, in words, by the median of what the `finished` ones took.
+def estimate_cost(jobs: Sequence[Job], finished: Sequence[Job], parallel: int | None = None) -> str:
+    """Return a sentence on how long `jobs` take, `parallel` at a time.
 
-    Of those of the same row and data set, else of the same algorithm, else of all.
+    A job is expected to take the median time of the `finished` jobs that are most like it: of its row and data set, or
+    else of its algorithm, or else of all.
     """
-    took: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for job in finished:
-        seconds = elapsed(job.folder)
+        seconds = read_elapsed(job.folder)
         if seconds is not None:
-            for key in keys(job):
-                took[key].append(seconds)
-    if not took:
+            for key in list_similar(job):
+                times[key].append(seconds)
+    if not times:
         return "No estimate of the cost: no job of this sweep is done that says how long it took."
-    used = [next(key for key in keys(job) if key in took) for job in jobs]
-    total = sum(median(took[key]) for key in used)
-    at_once = f", {duration(total / parallel)} with {parallel} at a time" if parallel else ""
+    used = [next(key for key in list_similar(job) if key in times) for job in jobs]
+    total = sum(median(times[key]) for key in used)
+    at_once = f", {format_duration(total / parallel)} with {parallel} at a time" if parallel else ""
     names = {2: "its row and data set", 1: "its algorithm", 0: "all"}
     by = [f"{n} by {names[size]}" for size, n in sorted(Counter(map(len, used)).items(), reverse=True)]
-    basis = f"from {len(took[()])} that are done; {', '.join(by)}" if by else f"from {len(took[()])} that are done"
-    return f"Cost: about {duration(total)} of one job after another{at_once} (estimated {basis})."
+    basis = "; ".join([f"from {len(times[()])} that are done", *([", ".join(by)] if by else [])])
+    return f"Cost: about {format_duration(total)} of one job after another{at_once} (estimated {basis})."
 
 
-def keys(job: Job) -> list[tuple[str, ...]]:
-    """Whom a job is like, the closest first."""
+def list_similar(job: Job) -> list[tuple[str, ...]]:
+    """Return the keys of the groups of jobs that are like `job`, the most similar group first."""
     return [(job.row, job.args["dataset"]), (job.args["algorithm"],), ()]
 
 
-def elapsed(folder: Path) -> float | None:
-    """Seconds that a run took, by its last record; None where that does not say: records of DomainBed do not."""
+def read_elapsed(folder: Path) -> float | None:
+    """Return the seconds that a run took, from its last record; None if that has no time, as DomainBed's."""
     seconds = (last_record(folder) or {}).get("elapsed_s")
     return float(seconds) if isinstance(seconds, int | float) else None
 
 
-def duration(seconds: float) -> str:
-    """In words, two units at most."""
+def format_duration(seconds: float) -> str:
+    """Return a duration in its largest one or two units, for example `1 h 30 min`."""
     minutes = round(seconds / 60)
     if seconds < 59.5:
         return f"{seconds:.0f} s"

@@ -20,8 +20,8 @@ import torch
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import find_differences
 from domainbed_hp.run_dir import CHECKPOINT
-from domainbed_hp.sweep.jobs import NOT_IDENTITY
 
 STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -47,10 +47,9 @@ def load(run_dir: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) -> None:
-    """`UsageError` unless these are the arguments of the run that `run_dir` holds."""
-    keys = [key for key in before | args if key not in NOT_IDENTITY]
-    if different := [key for key in keys if plain(before.get(key)) != plain(args.get(key))]:
-        listed = "; ".join(f"{key}: there {before.get(key)!r}, here {args.get(key)!r}" for key in different)
+    """`UsageError` unless these are the arguments of the run that `run_dir` holds, by its own `before`."""
+    if different := find_differences(before, args):
+        listed = "; ".join(f"{name}: there {there!r}, here {here!r}" for name, (there, here) in different.items())
         raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove it")
 
 

@@ -22,6 +22,7 @@ from domainbed_hp.datasets.loading.loader import EvalLoader, eval_loaders
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.run_dir import BEST_MODEL, CHECKPOINT, DONE, MODEL, STEP_MODEL, RunLock
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.training import checkpoint
@@ -32,7 +33,7 @@ from domainbed_hp.training.feature_cache import cached_features
 from domainbed_hp.training.metric_log import Logged
 from domainbed_hp.training.model_io import Recipe, build, save_model
 from domainbed_hp.training.run_log import log_to, print_header, print_row, versions
-from domainbed_hp.training.setup import Plan, RunArgs, plan
+from domainbed_hp.training.setup import Plan, plan
 from domainbed_hp.training.sharpness import find_climb
 from domainbed_hp.training.weight_averaging import find_average, holding
 

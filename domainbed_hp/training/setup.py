@@ -11,59 +11,20 @@ import torch
 
 from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.datasets.loading.loader import ReferenceSteps, TrainSteps
+from domainbed_hp.datasets.loading.loader import TrainSteps
 from domainbed_hp.datasets.loading.transforms import Views
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.model_io import Recipe
 
 WORKERS = 8
 """At most so many loader threads where the model is on a GPU; on the CPU it loads by itself."""
 
 EXAMPLE = """'{"lr": 1e-4}'"""
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The arguments of a run, written verbatim into every record. Defaults and meaning are DomainBed's train.py's."""
-
-    output_dir: str
-    data_dir: str | None = None
-    dataset: str = "ShapesDG"
-    algorithm: str = "HeadPurification"
-    task: str = "domain_generalization"
-    hparams: str | None = None
-    """JSON object of overrides."""
-    hparams_seed: int = 0
-    trial_seed: int = 0
-    seed: int = 0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    test_envs: tuple[int, ...] = (0,)
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
-    skip_model_save: bool = False
-    save_model_every_checkpoint: bool = False
-    save: str = "trained"
-    """Of the model: `trained`, what rebuilds it together with the pretrained weights, or `full`."""
-    keep: str = "last"
-    """`best`: also the model that training-domain validation would select."""
-    device: str | None = None
-    precision: str = "fp32"
-    compile: str = "auto"
-    """Whether to compile and capture steps; see `speed.py`."""
-    imports: tuple[str, ...] = ()
-    label: str | None = None
-    eval_images: int | None = None
-    loader: str = "batched"
-    num_workers: int | None = None
-    features: str = "cached"
-    """Of a tower that never changes; `encode`: computed anew for each batch."""
-    eval: str = "full"
-    """`fast`: records score no `in` split of a training environment, which no selection rule reads."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +63,9 @@ class Plan:
         size, resize, interpolation, augmentation = self.preprocess
         images = f"{size} px, {resize}, {interpolation}; training: {augmentation}"
         share = (1 - self.args.holdout_fraction) * (1 - self.args.uda_holdout_fraction)
-        return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.protocol(self.hparams)
+        return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.describe_protocol(
+            self.hparams
+        )
 
     @property
     def scored(self) -> list[dict[str, list[int]]]:
@@ -125,25 +88,26 @@ class Plan:
 
     def batches(self) -> TrainSteps:
         """The labeled minibatches of each step."""
-        kind = ReferenceSteps if self.args.loader == "reference" else TrainSteps
-        return self._steps(kind, self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
+        return self._steps(self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
 
     def unlabeled_batches(self) -> TrainSteps | None:
         """Those of the test environments, for domain adaptation."""
         if self.args.task != "domain_adaptation":
             return None
-        return self._steps(TrainSteps, list(self.args.test_envs), unlabeled=True)
+        return self._steps(list(self.args.test_envs), unlabeled=True)
 
-    def _steps(self, kind: type[TrainSteps], envs: list[int], **options: bool) -> TrainSteps:
+    def _steps(self, envs: list[int], **options: bool) -> TrainSteps:
         batch_size, seed = self.hparams["batch_size"], self.args.seed
         environments = self.dataset.environments
-        return kind(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
+        return TrainSteps(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
 
 
 def plan(args: RunArgs) -> Plan:
     """Everything that a run needs but its model; `UsageError` for anything that does not fit."""
     overrides = parse_overrides(args.hparams)
-    hparams = hparams_registry.resolve(args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides)
+    hparams = hparams_registry.resolve_hparams(
+        args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides
+    )
     algorithm = get_algorithm_class(args.algorithm)
     spec = find_spec(args.dataset, args.data_dir)
     device = find_device(args.device)
@@ -154,14 +118,13 @@ def plan(args: RunArgs) -> Plan:
         got = f"{steps}, {freq} and {num_workers}"
         raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
     preprocess = algorithm.preprocess(hparams, spec.image_size)
-    data_dir = Path(args.data_dir) if args.data_dir else None
-    dataset = open_dataset(spec, data_dir, preprocess, decode=args.loader == "reference")
+    dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, preprocess)
     lengths = [len(images) for images in dataset.environments]
     split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
-    hparams_registry.check_validation(hparams, any(split[i]["out"] for i in train_envs))
+    hparams_registry.check_validation_images(hparams, any(split[i]["out"] for i in train_envs))
     run = Plan(args, algorithm, hparams, dataset, split, train_envs, preprocess, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run

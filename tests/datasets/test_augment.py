@@ -1,6 +1,7 @@
 import random
 
 import numpy as np
+import pillow_augment
 import pytest
 import torch
 import torchvision.transforms.functional as F
@@ -8,7 +9,6 @@ from helpers import photo
 from torch import Tensor
 from torchvision import transforms
 
-from domainbed_hp.datasets.loading import reference
 from domainbed_hp.datasets.loading.augment import (
     OPERATIONS,
     Draws,
@@ -98,11 +98,11 @@ def test_every_image_has_its_own_order_of_operations():
     assert torch.allclose(jitter(x.clone(), colour), expected, atol=2e-4)
 
 
-def test_reference_and_batched_show_the_same_images():
+def test_batched_and_pillow_show_the_same_images():
     """Up to rounding: Pillow rounds after each operation, and its hue has 256 steps."""
     images = [photo(90, 80, seed) for seed in range(16)]
     draws = draw(sizes(16, 80, 90), "domainbed", np.random.default_rng(0))
-    theirs = torch.from_numpy(reference.augment(images, draws, 48, "bicubic")).float() / 255
+    theirs = torch.from_numpy(pillow_augment.augment(images, draws, 48, "bicubic")).float() / 255
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     ours = augment(stacked, draws, Preprocess(48, "crop", "bicubic", "domainbed"), CPU)
     assert (ours - theirs).abs().mean(dim=(1, 2, 3)).max() < 2.5 / 255

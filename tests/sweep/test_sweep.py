@@ -41,9 +41,7 @@ GOLDEN = [
 
 
 class StubERM:
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3)}
+    HPARAMS = {"lr": HParam(1e-3)}
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
@@ -55,9 +53,7 @@ class StubERM:
 
 
 class StubLoRA(StubERM):
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3), "lora_rank": HParam(4)}
+    HPARAMS = {"lr": HParam(1e-3), "lora_rank": HParam(4)}
 
 
 STUB_TRAIN = """
@@ -650,7 +646,7 @@ def test_mistakes_are_refused_before_any_folder_exists(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: 'loader = "batch"\n' + t, "'batch'. Did you mean 'batched'? Known: batched, reference"),
+        (lambda t: 'loader = "batched"\n' + t, "unknown key of --config s.toml: 'loader'"),
         (lambda t: 'precision = "fp16"\n' + t, "Known: fp32, bf16"),
         (lambda t: "n_trails = 1\n" + t, "unknown key of --config s.toml: 'n_trails'. Did you mean 'n_trials'?"),
         (lambda t: 'n_trials = "1"\n' + t, "n_trials is '1'; expected int"),
@@ -709,7 +705,7 @@ def test_where_data_lie_and_who_loads_them_is_not_the_identity() -> None:
     (moved,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], data_dir="x", num_workers=0)
     assert moved.folder == plain.folder and "--data_dir" in moved.command
     assert "--num_workers 0" in " ".join(moved.command)
-    (other,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], loader="reference")
+    (other,) = jobs_of(datasets=["Debug28"], n_trials=1, n_hparams=1, test_envs=[[0]], precision="bf16")
     assert other.folder != plain.folder
 
 

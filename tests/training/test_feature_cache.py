@@ -18,12 +18,13 @@ from domainbed_hp.algorithms.frozen_clip import FrozenCLIP
 from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainSteps
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.train import parser
 from domainbed_hp.sweep.spec import CHOICES, Row, SweepSpec, make_jobs
 from domainbed_hp.training import feature_cache as features_module
 from domainbed_hp.training.evaluation import evaluation
 from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import RunArgs, plan
+from domainbed_hp.training.setup import plan
 
 SLOW = pytest.mark.slow
 

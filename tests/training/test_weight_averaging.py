@@ -13,8 +13,9 @@ from short_runs import crash, go, stop_at, terminate, without_times
 from torch import Tensor, nn
 
 from domainbed_hp import records
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training import checkpoint, loop
 from domainbed_hp.training.model_io import load_model
 from domainbed_hp.training.weight_averaging import Average, find_average, holding
@@ -23,7 +24,7 @@ LORA = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}
 
 
 def hparams(average: str, **overrides: Any) -> dict[str, Any]:
-    return resolve("LoRA", "PACS", 0, 0, LORA | {"average": average} | overrides)
+    return resolve_hparams("LoRA", "PACS", 0, 0, LORA | {"average": average} | overrides)
 
 
 def walk(steps: int, seed: int = 0) -> list[list[Tensor]]:
@@ -213,7 +214,7 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
     algorithm, recipe = load_model(raw)
     path = [loop.untrained(recipe, 3).trained_state()] + [weights_after(raw, step) for step in range(4)]
     names = [name for name, p in algorithm.named_parameters() if p.requires_grad]
-    plan = loop.plan(loop.RunArgs("", **{k: v for k, v in found[0]["args"].items() if k != "output_dir"}))
+    plan = loop.plan(RunArgs("", **{k: v for k, v in found[0]["args"].items() if k != "output_dir"}))
     loaders = loop.eval_loaders(plan.dataset.environments, plan.split, 64)
     for record in found[::3]:
         step = record["step"]

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domainbed_hp.datasets.loading import reference
 from domainbed_hp.datasets.loading.augment import Draws, augment, draw
 from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.datasets.loading.transforms import Decoded, Views
+from domainbed_hp.datasets.loading.transforms import Views
 from domainbed_hp.registry import UsageError
 from domainbed_hp.seeds import rng
 
@@ -112,20 +111,6 @@ class TrainSteps:
         for target, image in zip(padded, images, strict=True):
             target[: image.shape[0], : image.shape[1]] = image
         return torch.from_numpy(padded), draw(sizes, self.augmentation, random)
-
-
-class ReferenceSteps(TrainSteps):
-    """The same steps, each image decoded and augmented by itself on the host: `--loader reference`."""
-
-    def _images(self, views: Views, chosen: list[int], random: np.random.Generator) -> tuple[Tensor, Draws | None]:
-        if self.augmentation == "none":
-            return super()._images(views, chosen, random)
-        if not isinstance(views, Decoded):
-            raise TypeError("the reference loader augments decoded images, not prepared ones")
-        images = [views.images[i].convert("RGB") for i in chosen]
-        draws = draw(np.array([(image.height, image.width) for image in images]), self.augmentation, random)
-        done = reference.augment(images, draws, self.preprocess.size, self.preprocess.interpolation)
-        return torch.from_numpy(done), None
 
 
 class EvalLoader:

@@ -1,7 +1,4 @@
-"""DomainBed's augmentation, image by image in Pillow: `--loader reference`, for those who must match it.
-
-The same draws as `augment.py`, which does to a whole minibatch, on any device, what this does.
-"""
+"""DomainBed's augmentation, image by image in Pillow: the oracle of `datasets.loading.augment`."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torchvision.transforms.functional as F
 from helpers import photo
+from pillow_augment import augment, shift_hue
 from torchvision import transforms
 
 from domainbed_hp.datasets.loading.augment import draw
-from domainbed_hp.datasets.loading.reference import augment, shift_hue
 
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
 ADJUST = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, lambda i, f: F.adjust_hue(i, f - 1)]
