@@ -13,8 +13,8 @@ from pathlib import Path
 
 from domainbed_hp import run_dir
 from domainbed_hp.run_dir import State
-from domainbed_hp.sweep.jobs import Job, save
-from domainbed_hp.sweep.spec import SweepSpec, described, make_jobs
+from domainbed_hp.sweep.jobs import Job, save_sweep
+from domainbed_hp.sweep.spec import SweepSpec, describe_sweep, make_jobs
 
 COMMAND = [sys.executable, "-X", "importtime", "-m", "domainbed_hp.scripts.sweep", "status", "--output_dir"]
 FILES = {
@@ -36,7 +36,7 @@ def sweep(output_dir: Path, count: int, states: list[State]) -> list[Job]:
             name, text = FILES[state]
             (job.folder / name).write_text(text)
     output_dir.mkdir(exist_ok=True)
-    save(output_dir, described(spec, spec.rows), jobs, others=False)
+    save_sweep(output_dir, describe_sweep(spec, spec.rows), jobs, list_all=False)
     return jobs
 
 

@@ -11,14 +11,15 @@ import domainbed_hp
 
 PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
-    "scripts": {"training", "sweep", "reports", "launchers", "plugins", "run_dir", "records", "model_selection",
-                "hparams_registry", "algorithms", "prompts", "networks", "datasets", "files"},
-    "reports": {"sweep.jobs", "run_dir", "records", "model_selection"},
+    "scripts": {"training", "sweep", "reports", "launchers", "plugins", "run_args", "run_dir", "records",
+                "model_selection", "hparams_registry", "algorithms", "prompts", "networks", "datasets", "files"},
+    "reports": {"run_args", "sweep.jobs", "run_dir", "records", "model_selection"},
     "sweep.validation": {"sweep.spec", "plugins", "hparams_registry", "algorithms", "datasets"},
-    "sweep": {"launchers", "datasets", "run_dir", "records", "files"},
+    "sweep": {"run_args", "plugins", "launchers", "datasets", "run_dir", "records", "files"},
     "launchers": {"run_dir", "files"},
-    "training": {"algorithms", "datasets", "networks", "hparams_registry", "run_dir", "records", "files", "sweep.jobs"},
-    "plugins": {"algorithms", "prompts", "datasets"},
+    "training": {"algorithms", "datasets", "networks", "hparams_registry", "run_args", "run_dir", "records", "files"},
+    "plugins": set(),
+    "run_args": set(),
     "algorithms": {"prompts", "networks", "hparams_registry"},
     "prompts": {"networks", "hparams_registry"},
     "networks": set(),

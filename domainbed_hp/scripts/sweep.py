@@ -57,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--algorithms",
         nargs="+",
         metavar="NAME",
-        help="algorithms, a row with default hyperparameters for each; with --config: only the file's rows of these",
+        help="algorithms, a row with default hyperparameters for each (default: all); with --config: only the "
+        "file's rows of these",
     )
     table.add_argument(
         "--hparams", metavar="JSON", help="hyperparameters for all algorithms that have them; they override the file's"
@@ -78,7 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--command_launcher", dest="launcher", metavar="NAME", help=f"{', '.join(LAUNCHERS)} (default: local)"
     )
     launching.add_argument(
-        "--max_parallel", type=int, metavar="N", help="local, slurm: number of jobs at a time (default: one per core)"
+        "--max_parallel",
+        type=int,
+        metavar="N",
+        help="jobs at a time (default: local, one per core; slurm, all)",
     )
     launching.add_argument(
         "--jobs_per_gpu", type=int, metavar="N", help="multi_gpu: number of jobs at a time on each GPU (default: 1)"

@@ -114,9 +114,6 @@ def plan(args: RunArgs) -> Plan:
     steps = algorithm.STEPS or (spec.steps if args.steps is None else args.steps)
     freq = spec.checkpoint_freq if args.checkpoint_freq is None else args.checkpoint_freq
     num_workers = default_workers(device) if args.num_workers is None else args.num_workers
-    if steps < 1 or freq < 1 or num_workers < 0:
-        got = f"{steps}, {freq} and {num_workers}"
-        raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
     preprocess = algorithm.preprocess(hparams, spec.image_size)
     dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, preprocess)
     lengths = [len(images) for images in dataset.environments]

@@ -72,7 +72,7 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     erm = ["--algorithm", "ERM", "--dataset", "Debug28", "--steps", "1", "--output_dir", str(tmp_path / "erm")]
     assert run(train, erm) == 0
     assert run(export, [str(tmp_path / "erm"), str(tmp_path / "clip")]) == 2
-    assert "ERM is no CLIP" in capsys.readouterr().err
+    assert "ERM has no CLIP to export" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -75,4 +75,4 @@ def test_what_cannot_be_interpolated_is_refused(
     (tmp_path / "domainbed").mkdir()
     (tmp_path / "domainbed" / "results.jsonl").write_text('{"args": {"algorithm": "ERM"}, "step": 0}\n')
     assert run(main, [str(tmp_path / "domainbed")]) == 2
-    assert "not a run of this version" in capsys.readouterr().err
+    assert "no model.safetensors" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from domainbed_hp.algorithms.frozen_clip import FrozenCLIP
 from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainSteps
 from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_args import RunArgs
-from domainbed_hp.scripts.train import parser
-from domainbed_hp.sweep.spec import CHOICES, Row, SweepSpec, make_jobs
+from domainbed_hp.sweep.spec import SweepSpec, make_jobs
 from domainbed_hp.training import feature_cache as features_module
 from domainbed_hp.training.evaluation import evaluation
 from domainbed_hp.training.model_io import build
@@ -228,20 +225,15 @@ def test_features_of_pacs(shared_data: Path, tmp_path: Path, feature_cache: Path
     same(cached, go(tmp_path / "encode", tmp_path, features="encode", **settings))
 
 
-def test_the_arguments_of_a_run_know_both_ways() -> None:
-    default = RunArgs("out").features
-    assert default == parser().parse_args([]).features == CHOICES["features"][0]
-    assert parser().parse_args(["--features", "encode"]).features == "encode"
-    assert replace(RunArgs("out"), features="encode").features in CHOICES["features"]
-
-
 def test_a_sweep_passes_it_on_and_its_jobs_stay_the_same() -> None:
-    spec = SweepSpec("out", ("Debug28",), (Row("FrozenCLIP"),), n_trials=1, n_hparams=1, test_envs=((0,),))
-    ((plain,), (encode,)) = (make_jobs(each, each.rows) for each in (spec, replace(spec, features="encode")))
+    values = {"output_dir": "out", "datasets": ["Debug28"], "rows": [{"algorithm": "FrozenCLIP"}]}
+    values |= {"n_trials": 1, "n_hparams": 1, "test_envs": [[0]]}
+    specs = [SweepSpec.of({**values, **more}, "s.toml") for more in ({}, {"features": "encode"})]
+    ((plain,), (encode,)) = (make_jobs(spec, spec.rows) for spec in specs)
     assert "--features encode" in " ".join(encode.command) and "--features" not in plain.command
     assert encode.folder == plain.folder
     with pytest.raises(UsageError, match="Known: cached, encode"):
-        SweepSpec.of({**asdict(spec), "rows": [{"algorithm": "FrozenCLIP"}], "features": "cache"}, "s.toml")
+        SweepSpec.of({**values, "features": "cache"}, "s.toml")
 
 
 def test_a_short_look_at_many_images_encodes_the_few(
