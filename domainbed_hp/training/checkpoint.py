@@ -22,8 +22,8 @@ from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import find_differences
+from domainbed_hp.run_dir import CHECKPOINT
 
-CHECKPOINT = "checkpoint.pt"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -50,9 +50,9 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 def find_checkpoint(run_dir: Path, args: dict[str, Any]) -> dict[str, Any] | None:
     """Return the checkpoint of a run with these arguments, if any; `UsageError` if the folder holds another run."""
     # DEVIATION: DomainBed appends a second run to the records of the first.
-    state, written = load_checkpoint(run_dir), records.load_run(run_dir)
-    if state or written:
-        check_same_run(run_dir, state["args"] if state else written[0].get("args", {}), args)
+    state, record = load_checkpoint(run_dir), next(records.read_records(run_dir), None)
+    if before := state or record:
+        check_same_run(run_dir, before.get("args", {}), args)
     return state
 
 

@@ -20,17 +20,10 @@ from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
-from domainbed_hp.run_dir import DONE, Claim, claim
+from domainbed_hp.run_dir import BEST_MODEL, CHECKPOINT, DONE, MODEL, OUT, STEP_MODEL, RunLock
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.training import evaluation
-from domainbed_hp.training.checkpoint import (
-    CHECKPOINT,
-    Stopped,
-    StopSignals,
-    catch_stop_signals,
-    find_checkpoint,
-    save_checkpoint,
-)
+from domainbed_hp.training.checkpoint import Stopped, StopSignals, catch_stop_signals, find_checkpoint, save_checkpoint
 from domainbed_hp.training.cuda_graph import speed_up_training
 from domainbed_hp.training.evaluation import EVAL_BATCH, MetricLog, evaluation_mode
 from domainbed_hp.training.feature_cache import load_cached_features
@@ -44,22 +37,22 @@ DIAGNOSED_IMAGES = 64
 """Number of validation images of each environment that `Algorithm.diagnose` gets."""
 
 
-def train(args: RunArgs, lock: Claim | None = None) -> None:
+def train(args: RunArgs, lock: RunLock | None = None) -> None:
     """Train one algorithm on all environments but `test_envs`, score it on all of them, write to `output_dir`.
 
     A run that was stopped resumes: on the CPU its records and weights are bit for bit those of a run that was not.
     `lock` is the lock on `output_dir`, if the caller holds it already.
 
     Raises:
-        UsageError: the arguments do not fit, before a model is built; `Taken` if the run is done or worked on.
+        UsageError: the arguments do not fit, before a model is built; `RunTaken` if the run is done or worked on.
         SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; the checkpoint is written.
     """
     run = set_up_run(args)
     with contextlib.ExitStack() as stack:
-        lock = lock or stack.enter_context(claim(run.output_dir))
+        lock = lock or stack.enter_context(RunLock(run.output_dir))
         remove_temporary_files(run.output_dir)
         checkpoint = find_checkpoint(run.output_dir, asdict(args))
-        stack.enter_context(copy_stdout(run.output_dir / "out.txt"))
+        stack.enter_context(copy_stdout(run.output_dir / OUT))
         workers = stack.enter_context(Workers(run.num_workers))
         stop = stack.enter_context(catch_stop_signals())
         print_header(asdict(args), run.hparams, find_versions(run.device))
@@ -80,7 +73,7 @@ def train(args: RunArgs, lock: Claim | None = None) -> None:
 class TrainingLoop:
     """An algorithm in training, and all that stands around its updates."""
 
-    def __init__(self, run: RunSetup, lock: Claim, workers: Workers, stop: StopSignals) -> None:
+    def __init__(self, run: RunSetup, lock: RunLock, workers: Workers, stop: StopSignals) -> None:
         self.run, self.lock, self.workers, self.stop = run, lock, workers, stop
         self.step = -1
         """Number of the last step that was done."""
@@ -132,7 +125,8 @@ class TrainingLoop:
                 self.record()
             self.stop.check()
         if not self.run.args.skip_model_save:
-            self.save_model("model")
+            self.save_model(MODEL)
+        self.lock.check()
         (self.run.output_dir / DONE).write_text("done")
         (self.run.output_dir / CHECKPOINT).unlink(missing_ok=True)
 
@@ -175,13 +169,13 @@ class TrainingLoop:
         record = self.make_record()
         self.lock.check()
         self.columns = print_row(record, self.columns)
-        records.append(self.run.output_dir, record)
+        records.append_record(self.run.output_dir, record)
         self.recorded.append(self.step)
         self.save_models(record)
         self.save_checkpoint()  # with the metrics: if the record is lost, a resumed run writes it again
         self.metrics.clear()
 
-    def make_record(self) -> records.Record:
+    def make_record(self) -> dict[str, Any]:
         """Score all splits and return the record of the last step."""
         run = self.run
         with self.use_averaged_weights(), self.stop.raise_immediately(), evaluation_mode(self.algorithm), self.cast:
@@ -226,19 +220,20 @@ class TrainingLoop:
             return contextlib.nullcontext()
         return swap_weights(self.average.parameters, self.average.averaged_weights())
 
-    def save_models(self, record: records.Record) -> None:
+    def save_models(self, record: dict[str, Any]) -> None:
         """Save the models that the flags ask for at a record."""
         args, accuracy = self.run.args, evaluation.validation_accuracy(record, self.run.train_envs)
         if args.save_model_every_checkpoint and not args.skip_model_save:
-            self.save_model(f"model_step{self.step}")
+            self.save_model(STEP_MODEL.format(step=self.step))
         if args.keep == "best" and not args.skip_model_save and accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
-            self.save_model("model_best")
+            self.save_model(BEST_MODEL)
 
     def save_model(self, name: str) -> None:
-        path, full = self.run.output_dir / f"{name}.safetensors", self.run.args.save == "full"
+        run = self.run
+        self.lock.check()
         with self.use_averaged_weights():
-            save_model(path, self.algorithm, self.run.model_spec, full=full)
+            save_model(run.output_dir / name, self.algorithm, run.model_spec, full=run.args.save == "full")
 
     def save_checkpoint(self) -> None:
         """Write the state after the last step, unless there was none."""
@@ -258,7 +253,8 @@ class TrainingLoop:
 
     def resume(self, checkpoint: dict[str, Any] | None) -> None:
         """Go back to the state of a checkpoint, None: the start; records of later steps are dropped."""
-        self.recorded = records.truncate(self.run.output_dir, checkpoint["step"] if checkpoint else -1)
+        self.lock.check()
+        self.recorded = records.truncate_records(self.run.output_dir, checkpoint["step"] if checkpoint else -1)
         if checkpoint is None:
             return
         self.algorithm.load_training_state(checkpoint["algorithm"])
