@@ -26,7 +26,7 @@ import torch
 from common import prepare_for, spread, subset, synchronise, turns
 
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.cuda_graph import speed_up_training
 from domainbed_hp.training.model_io import build_algorithm
@@ -70,7 +70,7 @@ class Training:
 
     def loaded(self, steps: range) -> Iterator[list[Minibatch]]:
         """The minibatches of these steps, from disk."""
-        with Workers(CORES) as workers:
+        with ThreadPool(CORES) as workers:
             for ours in workers.map(self.batches.__getitem__, steps):
                 yield [each.to(self.run.device, self.run.preprocess) for each in ours]
 

@@ -14,7 +14,7 @@ from common import synchronise
 from domainbed_hp import records
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.datasets.loading.loader import Batch
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.training import loop
 
 PARTS = ("load", "augment", "forward", "backward", "evaluate", "write", "start", "rest")
@@ -88,7 +88,7 @@ def timers(clock: Clock, algorithm: type[Algorithm]) -> Iterator[None]:
         "write": [(records, "append"), (run, "save_checkpoint"), (run, "save_model")],
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Workers, "map", clock.waiting("load", Workers.map)))
+        stack.enter_context(mock.patch.object(ThreadPool, "map", clock.waiting("load", ThreadPool.map)))
         for part, functions in places.items():
             for owner, name in functions:
                 timed = clock.timed(part, getattr(owner, name))

@@ -26,10 +26,10 @@ from tabulate import tabulate
 
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.evaluation import evaluation_mode, score_split
-from domainbed_hp.training.feature_cache import load_cached_features
+from domainbed_hp.training.feature_cache import load_features
 from domainbed_hp.training.model_io import build_algorithm, seed_everything
 from domainbed_hp.training.setup import RunSetup, find_device, set_up_run
 
@@ -65,13 +65,13 @@ def exported(method: ClipAlgorithm, frozen: ClipAlgorithm) -> ClipAlgorithm:
 class Scoring:
     """Seconds in which an algorithm scores images of the environments of a run."""
 
-    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, workers: Workers) -> None:
+    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, workers: ThreadPool) -> None:
         self.run, self.algorithm, self.workers = run, algorithm.to(run.device), workers
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.precision == "bf16")
 
     def on_features(self, batch: int) -> "Scoring":
         with quiet(), evaluation_mode(self.algorithm), self.cast:
-            features = load_cached_features(self.run, self.algorithm, batch, self.workers)
+            features = load_features(self.run, self.algorithm, batch, self.workers)
         assert features is not None
         return Scoring(self.run.with_environments(features), self.algorithm, self.workers)
 
@@ -113,7 +113,7 @@ def main() -> None:
         prepare_for(run_args(FROZEN))
         with quiet():
             method, lora, frozen, plain = map(model, map(run_args, ("HeadPurification", "LoRA", FROZEN, FROZEN)))
-        with Workers(method[0].num_workers) as workers:
+        with ThreadPool(method[0].num_workers) as workers:
             scorings = {
                 ENCODE: Scoring(*frozen, workers),
                 "HeadPurification": Scoring(*method, workers),

@@ -22,10 +22,10 @@ import torch
 from common import spread, subset
 from tabulate import tabulate
 
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation_mode
-from domainbed_hp.training.feature_cache import load_cached_features
+from domainbed_hp.training.feature_cache import load_features
 from domainbed_hp.training.model_io import build_algorithm, seed_everything
 from domainbed_hp.training.setup import RunSetup, set_up_run
 
@@ -57,8 +57,8 @@ def variants(folder: Path, prompt: str, batch: int, device: str | None) -> tuple
     seed_everything(0)
     algorithm = build_algorithm(run.model_spec).to(run.device)
     start = time.perf_counter()
-    with evaluation_mode(algorithm), Workers(run.num_workers) as workers:
-        features = load_cached_features(run, algorithm, EVAL_BATCH[run.device.type], workers)
+    with evaluation_mode(algorithm), ThreadPool(run.num_workers) as workers:
+        features = load_features(run, algorithm, EVAL_BATCH[run.device.type], workers)
     assert features is not None
     return Variant(run.with_environments(features), algorithm), Variant(run, algorithm), time.perf_counter() - start
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from domainbed_hp import records
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training import feature_cache
 from domainbed_hp.training.evaluation import evaluation_mode
@@ -51,6 +51,6 @@ def computed(data: Path, **settings: Any) -> list[Any]:
     """The environments of a run as features, without training."""
     run = set_up_run(args(Path("not_written"), data, **settings))
     algorithm = build_algorithm(run.model_spec)
-    with evaluation_mode(algorithm), Workers(0) as workers:
-        found = feature_cache.load_cached_features(run, algorithm, 16, workers)
+    with evaluation_mode(algorithm), ThreadPool(0) as workers:
+        found = feature_cache.load_features(run, algorithm, 16, workers)
     return found or []

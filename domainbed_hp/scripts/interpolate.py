@@ -53,8 +53,8 @@ def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> di
     """Return the accuracies and the loss at each alpha, as a record has them. All have the trained model's buffers."""
     import torch
 
-    from domainbed_hp.datasets.loading.loader import eval_loaders
-    from domainbed_hp.datasets.loading.prefetch import Workers
+    from domainbed_hp.datasets.loading.loader import make_eval_loaders
+    from domainbed_hp.datasets.loading.prefetch import ThreadPool
     from domainbed_hp.plugins import import_plugins
     from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation_mode, make_score_columns, score_split
     from domainbed_hp.training.model_io import build_algorithm, load_model
@@ -77,9 +77,9 @@ def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> di
     cast = torch.autocast(setup.device.type, torch.bfloat16, enabled=args.precision == "bf16")
     environments, limit = setup.dataset.environments, args.eval_images
     rows = {}
-    with Workers(setup.num_workers) as workers:
+    with ThreadPool(setup.num_workers) as workers:
         batch_size = EVAL_BATCH["cuda" if setup.on_gpu else "cpu"]
-        loaders = eval_loaders(
+        loaders = make_eval_loaders(
             environments, setup.scored_splits, batch_size, workers, max_images=limit, pin=setup.on_gpu
         )
         for alpha in alphas:

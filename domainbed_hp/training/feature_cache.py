@@ -25,8 +25,8 @@ from tqdm import tqdm
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
-from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.datasets.loading.transforms import Views
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
+from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.prepared import index
 from domainbed_hp.files import cache_dir
 from domainbed_hp.networks.clip import find_clip
@@ -45,7 +45,7 @@ class DamagedFeatures(OSError):
 
 @dataclass(frozen=True)
 class FeatureViews:
-    """The `Views` of one environment whose images are features, float32 (E,)."""
+    """The `ImageViews` of one environment whose images are features, float32 (E,)."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -53,10 +53,10 @@ class FeatureViews:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def training(self, i: int) -> np.ndarray:
+    def load_training_view(self, i: int) -> np.ndarray:
         raise TypeError("features cannot be augmented")
 
-    def evaluation(self, i: int) -> np.ndarray:
+    def load_evaluation_view(self, i: int) -> np.ndarray:
         view: np.ndarray = self.features[i]
         return view
 
@@ -70,7 +70,7 @@ class FeatureCache:
     The caller has put the algorithm in evaluation mode, without gradients and in the precision of the run.
     """
 
-    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, batch_size: int, workers: Workers) -> None:
+    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool) -> None:
         self.run, self.algorithm, self.batch_size, self.workers = run, algorithm, batch_size, workers
         self.key = self._make_key()
         name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
@@ -146,7 +146,7 @@ class FeatureCache:
         if self.run.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.run.device)  # `mem_gb` of records is the memory of training
 
-    def encode_images(self, views: Views) -> Iterator[np.ndarray]:
+    def encode_images(self, views: ImageViews) -> Iterator[np.ndarray]:
         """Yield batches of features of all images, in order; if a GPU runs out of memory, halve the batch size."""
         run, batch_size, done = self.run, self.batch_size, 0
         while done < len(views):
@@ -162,7 +162,7 @@ class FeatureCache:
             batch_size //= 2
 
 
-def load_cached_features(run: RunSetup, algorithm: Algorithm, batch_size: int, workers: Workers) -> list[Views] | None:
+def load_features(run: RunSetup, algorithm: Algorithm, batch_size: int, workers: ThreadPool) -> list[ImageViews] | None:
     """Return the environments of a run as features, computed by `algorithm` unless the cache has them.
 
     None if the features change in training, if nothing identifies the images, if the cache cannot be written, and with

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from domainbed_hp import records
 from domainbed_hp.algorithms.base import Metrics, Minibatch
-from domainbed_hp.datasets.loading.loader import EvalLoader, eval_loaders
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.loader import EvalLoader, make_eval_loaders
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
@@ -26,7 +26,7 @@ from domainbed_hp.training import evaluation
 from domainbed_hp.training.checkpoint import Stopped, StopSignals, catch_stop_signals, find_checkpoint, save_checkpoint
 from domainbed_hp.training.cuda_graph import speed_up_training
 from domainbed_hp.training.evaluation import EVAL_BATCH, MetricLog, evaluation_mode
-from domainbed_hp.training.feature_cache import load_cached_features
+from domainbed_hp.training.feature_cache import load_features
 from domainbed_hp.training.model_io import build_algorithm, save_model, seed_everything
 from domainbed_hp.training.run_log import copy_stdout, find_versions, print_header, print_row
 from domainbed_hp.training.setup import RunSetup, set_up_run
@@ -53,7 +53,7 @@ def train(args: RunArgs, lock: RunLock | None = None) -> None:
         remove_temporary_files(run.output_dir)
         checkpoint = find_checkpoint(run.output_dir, asdict(args))
         stack.enter_context(copy_stdout(run.output_dir / OUT))
-        workers = stack.enter_context(Workers(run.num_workers))
+        workers = stack.enter_context(ThreadPool(run.num_workers))
         stop = stack.enter_context(catch_stop_signals())
         print_header(asdict(args), run.hparams, find_versions(run.device))
         print(f"Images: {run.dataset.source}")
@@ -73,7 +73,7 @@ def train(args: RunArgs, lock: RunLock | None = None) -> None:
 class TrainingLoop:
     """An algorithm in training, and all that stands around its updates."""
 
-    def __init__(self, run: RunSetup, lock: RunLock, workers: Workers, stop: StopSignals) -> None:
+    def __init__(self, run: RunSetup, lock: RunLock, workers: ThreadPool, stop: StopSignals) -> None:
         self.run, self.lock, self.workers, self.stop = run, lock, workers, stop
         self.step = -1
         """Number of the last step that was done."""
@@ -97,11 +97,11 @@ class TrainingLoop:
 
         batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
         with evaluation_mode(self.algorithm), self.cast, stop.raise_immediately():
-            features = load_cached_features(run, self.algorithm, batch_size, workers)
+            features = load_features(run, self.algorithm, batch_size, workers)
         environments = features or run.dataset.environments
         if run.preprocess.augmentation == "none":
             self.run = run.with_environments(environments)
-        self.eval_loaders = eval_loaders(
+        self.eval_loaders = make_eval_loaders(
             environments, run.scored_splits, batch_size, workers, max_images=limit, pin=run.on_gpu
         )
         count = min(DIAGNOSED_IMAGES, limit or DIAGNOSED_IMAGES)

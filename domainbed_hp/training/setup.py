@@ -11,10 +11,10 @@ import torch
 
 from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.datasets.loading.loader import TrainSteps
-from domainbed_hp.datasets.loading.transforms import Views
+from domainbed_hp.datasets.loading.loader import TrainLoader
+from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
-from domainbed_hp.datasets.splits import splits
+from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
@@ -74,23 +74,23 @@ class RunSetup:
         """Steps in one epoch of the smallest environment, test environments included, as in DomainBed."""
         return min(len(split["in"]) for split in self.splits) / float(self.hparams["batch_size"])
 
-    def with_environments(self, environments: list[Views]) -> RunSetup:
+    def with_environments(self, environments: list[ImageViews]) -> RunSetup:
         """Return the same run on other views of the same images, such as their features."""
         return replace(self, dataset=replace(self.dataset, environments=environments))
 
-    def make_train_loader(self) -> TrainSteps:
+    def make_train_loader(self) -> TrainLoader:
         """Return the loader of the labeled minibatches of every step."""
         return self._make_loader(self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
 
-    def make_unlabeled_loader(self) -> TrainSteps | None:
+    def make_unlabeled_loader(self) -> TrainLoader | None:
         """Return the loader of the test environments' unlabeled minibatches, None without domain adaptation."""
         if self.args.task != "domain_adaptation":
             return None
         return self._make_loader(list(self.args.test_envs), unlabeled=True)
 
-    def _make_loader(self, envs: list[int], **options: bool) -> TrainSteps:
+    def _make_loader(self, envs: list[int], **options: bool) -> TrainLoader:
         data, batch_size, seed = self.dataset.environments, self.hparams["batch_size"], self.args.seed
-        return TrainSteps(data, self.splits, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
+        return TrainLoader(data, self.splits, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
 
 
 def set_up_run(args: RunArgs) -> RunSetup:
@@ -106,11 +106,12 @@ def set_up_run(args: RunArgs) -> RunSetup:
     preprocess = algorithm.preprocess(hparams, spec.image_size)
     dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, preprocess)
     lengths = [len(images) for images in dataset.environments]
-    split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
+    fractions = args.holdout_fraction, args.uda_holdout_fraction
+    splits = split_environments(lengths, args.test_envs, args.trial_seed, *fractions)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
-    hparams_registry.check_validation_images(hparams, any(split[i]["out"] for i in train_envs))
+    hparams_registry.check_validation_images(hparams, any(splits[i]["out"] for i in train_envs))
     size, resize, interpolation, augmentation = preprocess
     protocol = {
         "preprocessing": f"{size} px, {resize}, {interpolation}; training: {augmentation}",
@@ -118,7 +119,7 @@ def set_up_run(args: RunArgs) -> RunSetup:
         **algorithm.describe_protocol(hparams),
     }
     run = RunSetup(
-        args, algorithm, hparams, protocol, dataset, split, train_envs, preprocess, device, steps, freq, num_workers
+        args, algorithm, hparams, protocol, dataset, splits, train_envs, preprocess, device, steps, freq, num_workers
     )
     run.make_train_loader(), run.make_unlabeled_loader()  # they refuse empty splits
     return run

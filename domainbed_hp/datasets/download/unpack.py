@@ -19,7 +19,7 @@ from typing import IO, BinaryIO, TypeVar, cast
 
 from tqdm import tqdm
 
-from domainbed_hp.datasets.folder import ignored
+from domainbed_hp.datasets.folder import is_ignored
 from domainbed_hp.registry import UsageError
 
 MIB = 2**20
@@ -92,7 +92,7 @@ def unpack(archive: Path, into: Path) -> None:
                 reason = "twice in the archive, or twice but for upper and lower case"
             if reason:
                 raise UsageError(f"{archive}: refused because of {name!r}: {reason}")
-            if member.folder or any(map(ignored, path.parts)):
+            if member.folder or any(map(is_ignored, path.parts)):
                 continue
             seen.add(same)
             target = into / path
