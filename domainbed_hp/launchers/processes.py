@@ -117,7 +117,8 @@ class Slot:
 def choose_jobs(commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, bool]]:
     """Yield the index of every job, and whether to start it: not a job that is done or running at that moment.
 
-    Jobs that seem to run on another host come last. They are watched together, and started if that host died.
+    Jobs that seem to run on another host come last. They are watched together, for a minute at most, and started if
+    that host died.
     """
     remote: dict[Path, int] = {}
     for index, command in enumerate(commands):
