@@ -29,28 +29,17 @@ from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from domainbed_hp.registry import UsageError
 
-RESULTS = "results.jsonl"
-"""Records, one JSON object per line."""
-DONE = "done"
-"""The file that is written last."""
-ERROR = "err.txt"
-"""The exception that ended the run. DomainBed leaves an empty one in every folder."""
-OUT = "out.txt"
-"""A copy of the run's stdout."""
-LOCK = "lock"
-"""The lease of the process that works in the folder."""
-CHECKPOINT = "checkpoint.pt"
-"""The state that a stopped run resumes from."""
-MODEL = "model.safetensors"
-"""The model after the last step."""
-BEST_MODEL = "model_best.safetensors"
-"""The model that training-domain validation selects, with --keep best."""
-STEP_MODEL = "model_step{step}.safetensors"
-"""The model at a step, with --save_model_every_checkpoint."""
-LAUNCH_LOG = "launch.log"
-"""The stderr of the job's process, written by its launcher."""
-OLD_HEARTBEAT = "heartbeat.json"
-"""A file that killed runs of an earlier version left; it is removed."""
+RESULTS = "results.jsonl"  # records, one JSON object per line
+CHECKPOINT = "checkpoint.pt"  # the state that a stopped run resumes from
+MODEL = "model.safetensors"  # the model after the last step
+BEST_MODEL = "model_best.safetensors"  # the model that training-domain validation selects, with --keep best
+STEP_MODEL = "model_step{step}.safetensors"  # the model at a step, with --save_model_every_checkpoint
+OUT = "out.txt"  # a copy of the run's stdout
+ERROR = "err.txt"  # the exception that ended the run; DomainBed leaves an empty one in every folder
+DONE = "done"  # the file that is written last
+LOCK = "lock"  # the lease of the process that works in the folder
+LAUNCH_LOG = "launch.log"  # the stderr of the job's process, written by its launcher
+OLD_HEARTBEAT = "heartbeat.json"  # left by killed runs of an earlier version, and removed
 
 LEASE_S = 60.0
 """Time without a sign of life after which the lease of another host is taken over."""
@@ -132,10 +121,8 @@ def is_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # others: it is another user's
     return True
 
 
