@@ -105,9 +105,10 @@ class SweepSpec:
         for name, value in counts.items():
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name}: got {value}, expected at least 1")
-        for name, value in self.launcher_options.get("slurm", {}).items():
-            if not isinstance(value, str | int | float):
-                raise UsageError(f"slurm.{name}: got {value!r}, expected a word or a number")
+        for option, table in self.launcher_options.items():
+            for name, value in table.items() if isinstance(table, dict) else ():
+                if not isinstance(value, str | int | float):
+                    raise UsageError(f"{option}.{name}: got {value!r}, expected a word or a number")
         args = self.run_args  # checks its values
         if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
             raise UsageError("domain_adaptation needs uda_holdout_fraction above 0: without it no image is unlabeled")

@@ -576,7 +576,10 @@ def test_an_option_by_its_own_flag_or_among_all_is_the_same(stubs: Path, launche
         assert launched[-1] == {"max_parallel": 2}
 
 
-def test_slurm_options_are_words() -> None:
+def test_slurm_options_are_words(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["launch", *DEBUG, "--command_launcher", "slurm", "--launcher_options", "slurm=x", "--skip_confirmation"]
+    assert run(script.main, argv) == 2
+    assert "launcher option slurm: got 'x', expected Mapping" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"slurm.mem: got \[1\], expected a word or a number"):
         spec_of(slurm={"mem": [1]})
 
