@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from domainbed_hp.datasets.splits import splits
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_args import RunArgs
+from domainbed_hp.run_args import RunArgs, parse_hparams
 from domainbed_hp.training.model_io import Recipe
 
 WORKERS = 8
 """At most so many loader threads where the model is on a GPU; on the CPU it loads by itself."""
-
-EXAMPLE = """'{"lr": 1e-4}'"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ class Plan:
 
 def plan(args: RunArgs) -> Plan:
     """Everything that a run needs but its model; `UsageError` for anything that does not fit."""
-    overrides = parse_overrides(args.hparams)
+    overrides = parse_hparams(args.hparams)
     hparams = hparams_registry.resolve_hparams(
         args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides
     )
@@ -125,17 +122,6 @@ def plan(args: RunArgs) -> Plan:
     run = Plan(args, algorithm, hparams, dataset, split, train_envs, preprocess, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`--hparams` as a dict; `UsageError` unless it is a JSON object."""
-    try:
-        overrides = json.loads(text or "{}")
-    except ValueError as error:
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object such as {EXAMPLE} ({error})") from error
-    if not isinstance(overrides, dict):
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object such as {EXAMPLE}")
-    return overrides
 
 
 def find_device(name: str | None) -> torch.device:

@@ -558,7 +558,7 @@ def test_a_launcher_of_ones_own_with_options(
     Path("launched").unlink()
     for option, message in {
         "retries=many": "launcher option retries: got 'many', expected int",
-        "quiet=1": "launcher option quiet: got '1', expected bool",
+        "quiet=1": "launcher option quiet: got 1, expected bool",
         "retry=1": "option of launcher my_cluster 'retry'. Did you mean 'retries'? Known: queue, retries, quiet",
         "retries": "--launcher_options retries: expected KEY=VALUE",
     }.items():
@@ -662,7 +662,7 @@ FEW = "n_trials = 1\nn_hparams = 1\n"
         (["--hparams", '{"lrr": 1}'], "unknown hparam 'lrr'. Did you mean 'lr'? Known: average, lr"),
         (["--hparams", '{"lr": "big"}'], "hparam lr: got 'big'"),
         (["--hparams", "{"], "not valid JSON"),
-        (["--hparams", '{"ERM": {"lr": 1}}'], "expected an object of names and values"),
+        (["--hparams", '{"ERM": {"lr": 1}}'], "expected a JSON object of names and values"),
         (["--datasets", "PACS"], "PACS is read from disk: pass --data_dir"),
         (["--datasets", "PACS", "--data_dir", "nowhere"], "nowhere"),
         (["--n_trials", "0"], "no jobs: n_trials 0"),
