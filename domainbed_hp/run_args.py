@@ -210,12 +210,13 @@ def find_differences(before: Mapping[str, Any], args: Mapping[str, Any]) -> dict
 
 def parse_hparams(text: str | None) -> dict[str, Any]:
     """Return the hyperparameters in `--hparams`; `UsageError` unless it is a JSON object of names and values."""
+    expected = f"--hparams: got {text!r}, expected a JSON object of names and values, such as {EXAMPLE}"
     try:
         hparams = json.loads(text or "{}")
     except ValueError as error:
-        raise UsageError(f"--hparams: got {text!r}, not valid JSON ({error}); expected {EXAMPLE}") from error
+        raise UsageError(f"{expected}; this is not valid JSON: {error}") from error
     if not isinstance(hparams, dict) or any(isinstance(value, dict) for value in hparams.values()):
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object of names and values, such as {EXAMPLE}")
+        raise UsageError(expected)
     return hparams
 
 
