@@ -16,10 +16,9 @@ from typing import Any
 from tabulate import tabulate
 
 from domainbed_hp import records
-from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
-from domainbed_hp.run_dir import DONE, claim
+from domainbed_hp.run_dir import DONE, RunLock
 from domainbed_hp.scripts import run
 
 SHARED = ("step", "epoch", "image_size", "trainable_params", "protocol")
@@ -35,10 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--data_dir", metavar="DIR", help="folder that holds the data sets' folders (default: the run's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the run's)")
     args = p.parse_args(argv)
-    written = records.load_run(args.run_dir)
-    if not written:
+    last = records.last_record(args.run_dir)
+    if last is None:
         raise UsageError(f"{args.run_dir}: no records there, expected the folder of a finished run")
-    last = written[-1]
     where = {name: value for name in ("data_dir", "device") if (value := getattr(args, name))}
     rows = evaluate_alphas(args.run_dir, RunArgs.of(last["args"] | where), args.alphas)
     if args.output_dir:
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> dict[float, Record]:
+def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> dict[float, dict[str, Any]]:
     """Return the accuracies and the loss at each alpha, as a record has them. All have the trained model's buffers."""
     import torch
 
@@ -92,17 +90,17 @@ def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> di
     return rows
 
 
-def write_run(row: Record, last: Record, folder: Path, alpha: float) -> None:
+def write_run(row: dict[str, Any], last: dict[str, Any], folder: Path, alpha: float) -> None:
     """Write the run that training with average=wise would have made; its label is its own, so that its row is, too."""
     wise: dict[str, Any] = {"average": "wise", "wise_alpha": alpha}
     args = last["args"]
     label = f"{args['label'] or args['algorithm']}, alpha {alpha:g}"
     overrides = json.dumps(json.loads(args["hparams"] or "{}") | wise)
     args = args | {"hparams": overrides, "output_dir": str(folder), "label": label}
-    with claim(folder):
-        records.truncate(folder, -1)
+    with RunLock(folder):
+        records.truncate_records(folder, -1)
         shared = {name: last[name] for name in SHARED if name in last}
-        records.append(folder, shared | row | {"args": args, "hparams": last["hparams"] | wise})
+        records.append_record(folder, shared | row | {"args": args, "hparams": last["hparams"] | wise})
         (folder / DONE).write_text("done")
 
 
