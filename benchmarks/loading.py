@@ -115,7 +115,7 @@ def main() -> None:
     use_one_thread(CPU)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "PACS").symlink_to((args.data_dir / "PACS").resolve_hparams())
+        (Path(folder) / "PACS").symlink_to((args.data_dir / "PACS").resolve())
         shape = ["--image_size", "224", "--resize", "squash", "--interpolation", "bilinear", "--encoding", "raw"]
         with silence():
             prepare(["--data_dir", folder, "--dataset", "PACS", *shape])
