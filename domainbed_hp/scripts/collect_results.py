@@ -51,18 +51,18 @@ def make_parser() -> argparse.ArgumentParser:
             action="store_const",
             const=name,
             default="text",
-            help=f"{text}; written to {file}, too",
+            help=f"{text}; also written to {file}",
         )
     p.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with tables, figures and missing jobs to FILE, too"
+        "--html", type=Path, metavar="FILE", help="write an HTML page with tables, figures and missing jobs to FILE"
     )
     p.add_argument(
         "--columns",
         nargs="+",
         metavar="NAME",
         default=[],
-        help="add columns to the tables: params (trained parameters), step_time (median), memory (largest, on a GPU), "
-        "or any number of the records by its key, e.g. val_mmd: its mean over the chosen checkpoints of a row",
+        help="add columns: params (number of trained parameters), step_time (median), memory (largest, on a GPU), or "
+        "any number of the records by its key, e.g. val_mmd: its mean over the chosen checkpoints of a row",
     )
     p.add_argument("--with_published", action="store_true", help="add tables of numbers that papers report")
     p.add_argument(
