@@ -3,7 +3,6 @@
 1,000 jobs in all states and 10,000 jobs that are done, in a temporary folder (TMPDIR says where), each three times.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from domainbed_hp.sweep.spec import SweepSpec, described, make_jobs
 COMMAND = [sys.executable, "-X", "importtime", "-m", "domainbed_hp.scripts.sweep", "status", "--output_dir"]
 FILES = {
     State.DONE: (run_dir.DONE, "done"),
-    State.RUNNING: (run_dir.HEARTBEAT, json.dumps({"machine": "another", "host": "node", "pid": 1})),
+    State.RUNNING: (run_dir.LOCK, "filelock/2\npid=12\nhost=node7\nmode=lease\ntoken=a\nduration=60.0\n"),
     State.FAILED: (run_dir.ERROR, "Traceback (most recent call last):\n" * 40 + "RuntimeError: the reason\n"),
-    State.INCOMPLETE: ("out.txt", "Environment:\n"),
+    State.INCOMPLETE: (run_dir.OUT, "Environment:\n"),
 }
 
 

@@ -28,7 +28,7 @@ def args(folder: Path, data: Path, **settings: Any) -> RunArgs:
 def go(folder: Path, data: Path, **settings: Any) -> list[dict[str, Any]]:
     """A short run; its records, without what no two runs share."""
     train(args(folder, data, **settings))
-    found = records.load_run(folder)
+    found = list(records.read_records(folder))
     for record in found:
         del record["step_time"], record["elapsed_s"], record["args"]
     return found

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from domainbed_hp.model_selection import IIDAccuracy, SelectionMethod
-from domainbed_hp.records import FILE_NAME
-from domainbed_hp.reports.load import CollectedRuns, Run, read_records
+from domainbed_hp.records import read_records
+from domainbed_hp.reports.load import CollectedRuns, Run
 from domainbed_hp.reports.tables import Table, check_keys
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -166,7 +165,7 @@ def draw_gates(gates: np.ndarray, title: str) -> Figure:
 def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
     """Return (step, gates (layers, heads)) of the record of `step`, or else of the last record with gates, or None."""
     gates = None
-    for record in read_records(str(Path(run.folder) / FILE_NAME), []):  # read again: the table holds numbers only
+    for record in read_records(run.folder, []):  # read again: the table holds numbers only
         if record.get("gates") and record.get("args") == run.args:
             gates = record["step"], np.array(record["gates"], dtype=float)
             if record["step"] == step:

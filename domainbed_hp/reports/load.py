@@ -6,7 +6,6 @@ Records are read one by one and only their numbers stay in memory: a sweep of a 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 from array import array
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 
-from domainbed_hp.records import FILE_NAME, Record
+from domainbed_hp.records import read_records
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.rows import assign_rows
-from domainbed_hp.run_dir import DONE
+from domainbed_hp.run_dir import DONE, RESULTS
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_sweep
 
 REQUIRED_ARGS = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
@@ -105,7 +103,7 @@ def load_runs(input_dir: str | Path) -> CollectedRuns:
             gc.enable()
 
 
-def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[str, Record]]:
+def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (folder, record) for every record under a folder; add its sweeps, planned jobs and notes to `collected`."""
     for folder, files in walk_folders(input_dir):
         if SWEEP_FILE in files:
@@ -114,8 +112,8 @@ def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[st
                 check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
             collected.sweeps.append(sweep)
             collected.planned.extend(PlannedJob(job, (job.folder / DONE).exists()) for job in jobs)
-        if FILE_NAME in files:
-            for record in read_records(os.path.join(folder, FILE_NAME), collected.notes):
+        if RESULTS in files:
+            for record in read_records(folder, collected.notes):
                 yield folder, record
 
 
@@ -137,36 +135,9 @@ def walk_folders(input_dir: Path) -> Iterator[tuple[str, set[str]]]:
         yield folder, set(files)
 
 
-def read_records(path: str, notes: list[str]) -> Iterator[Record]:
-    """Yield the records of a results.jsonl; add a note for torn lines, an empty file, and NaN."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if not any(map(bytes.strip, lines)):
-        notes.append(f"{path} is empty")
-    nan = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
-            try:
-                record = json.loads(line)
-                nan += 1
-            except ValueError:
-                record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
-    if nan:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN loses to any other")
-
-
-def collect_records(records: Iterable[tuple[str, Record]], collected: CollectedRuns | None = None) -> CollectedRuns:
+def collect_records(
+    records: Iterable[tuple[str, dict[str, Any]]], collected: CollectedRuns | None = None
+) -> CollectedRuns:
     """Put (folder, record) pairs into one table; consecutive records of one folder with equal arguments are one run.
 
     `collected` holds the sweeps and notes that go with the records; the runs and the table are added to it.
@@ -251,13 +222,13 @@ def describe_repeated_runs(collected: CollectedRuns) -> list[str]:
 class NumberStore:
     """The numbers of all records that have the same keys, 8 bytes each."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: dict[str, Any]) -> None:
         self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
         self.get_values = itemgetter(*self.names)
         self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
         self.numbers, self.positions = array("d"), array("q")
 
-    def add(self, record: Record, position: int) -> None:
+    def add(self, record: dict[str, Any], position: int) -> None:
         """Store the numbers of a record; `position` is its line of the table."""
         values = list(self.get_values(record))
         try:

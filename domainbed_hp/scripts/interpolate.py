@@ -16,9 +16,8 @@ from typing import Any
 from tabulate import tabulate
 
 from domainbed_hp import records
-from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import DONE, claim
+from domainbed_hp.run_dir import DONE, RunLock
 from domainbed_hp.scripts import run
 
 KEPT = ("step", "epoch", "image_size", "trainable_params", "protocol")
@@ -33,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--data_dir", help="default: the run's")
     p.add_argument("--device", help="default: the run's")
     args = p.parse_args(argv)
-    found = records.load_run(args.run_dir)
-    if not found:
+    last = records.last_record(args.run_dir)
+    if last is None:
         raise UsageError(f"{args.run_dir}: no records there, expected the folder of a finished run")
-    last = found[-1]
     given = last["args"] | {name: value for name in ("data_dir", "device") if (value := getattr(args, name))}
     rows = score_alphas(args.run_dir, given, last, args.alphas)
     if args.output_dir:
@@ -49,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[float]) -> dict[float, Record]:
+def score_alphas(
+    run_dir: Path, given: dict[str, Any], last: dict[str, Any], alphas: Sequence[float]
+) -> dict[float, dict[str, Any]]:
     """What is measured at every alpha; buffers are those of the trained model at each."""
     import torch
 
@@ -92,17 +92,17 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
     return rows
 
 
-def write(row: Record, last: Record, folder: Path, alpha: float) -> None:
+def write(row: dict[str, Any], last: dict[str, Any], folder: Path, alpha: float) -> None:
     """The record that a run with average=wise would end with; in a row of its own, whatever the run's was called."""
     wise: dict[str, Any] = {"average": "wise", "wise_alpha": alpha}
     args = last["args"]
     label = f"{args['label'] or args['algorithm']}, alpha {alpha:g}"
     overrides = json.dumps(json.loads(args["hparams"] or "{}") | wise)
     args = args | {"hparams": overrides, "output_dir": str(folder), "label": label}
-    with claim(folder):
-        records.truncate(folder, -1)
+    with RunLock(folder):
+        records.truncate_records(folder, -1)
         kept = {name: last[name] for name in KEPT if name in last}
-        records.append(folder, kept | row | {"args": args, "hparams": last["hparams"] | wise})
+        records.append_record(folder, kept | row | {"args": args, "hparams": last["hparams"] | wise})
         (folder / DONE).write_text("done")
 
 

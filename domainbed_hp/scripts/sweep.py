@@ -7,13 +7,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from domainbed_hp.plugins import import_plugins
 from domainbed_hp.registry import LAUNCHERS, UsageError
 from domainbed_hp.run_args import add_flags
-from domainbed_hp.run_dir import EXIT_TAKEN, State, Taken
+from domainbed_hp.run_dir import EXIT_TAKEN, RunTaken, State
 from domainbed_hp.scripts import run
 from domainbed_hp.sweep.config import read_jobs, spec_from
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_jobs, load_sweep, register_launcher
@@ -213,12 +214,17 @@ def delete_incomplete(jobs: Sequence[Job], args: argparse.Namespace) -> int:
     print(f"About to delete {len(to_delete)} jobs.", flush=True)
     if to_delete and not args.skip_confirmation and not ask_user():
         return 0
-    deleted = 0
-    for job in to_delete:
-        # DEVIATION: DomainBed removes running jobs.
-        with contextlib.suppress(Taken):
+
+    def delete(job: Job) -> bool:
+        try:
             job.delete()
-            deleted += 1
+        except RunTaken:
+            return False
+        return True
+
+    # DEVIATION: DomainBed removes running jobs.
+    with ThreadPoolExecutor(32) as pool:  # a lease that another host left is watched for a minute
+        deleted = sum(pool.map(delete, to_delete))
     running = before.count[State.RUNNING] + len(to_delete) - deleted
     more = f" {running} are running and stay." if running else ""
     print(f"Deleted {deleted} jobs!{more}")

@@ -21,8 +21,8 @@ from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import find_differences
+from domainbed_hp.run_dir import CHECKPOINT
 
-FILE_NAME = "checkpoint.pt"
 STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -30,13 +30,13 @@ def save(run_dir: Path, algorithm: Algorithm, progress: dict[str, Any]) -> None:
     """Write `progress`, plain values, and all that `update` changes."""
     buffer = io.BytesIO()  # torch's own writer does not say why it failed
     torch.save(progress | {"algorithm": algorithm.training_state()}, buffer)
-    with replace_atomically(run_dir / FILE_NAME) as path:
+    with replace_atomically(run_dir / CHECKPOINT) as path:
         path.write_bytes(buffer.getbuffer())
 
 
 def load(run_dir: Path) -> dict[str, Any] | None:
     """What `save` wrote, on the CPU; None where there is nothing."""
-    path = run_dir / FILE_NAME
+    path = run_dir / CHECKPOINT
     if not path.exists():
         return None
     try:

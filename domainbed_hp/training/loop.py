@@ -23,7 +23,7 @@ from domainbed_hp.datasets.loading.prefetch import Workers
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
-from domainbed_hp.run_dir import DONE, Claim, claim
+from domainbed_hp.run_dir import BEST_MODEL, CHECKPOINT, DONE, MODEL, STEP_MODEL, RunLock
 from domainbed_hp.seeds import seed_hash
 from domainbed_hp.training import checkpoint
 from domainbed_hp.training.checkpoint import Stop, Stopped, stop_signals
@@ -41,19 +41,19 @@ PROBE = 64
 """Validation images of an environment that `Algorithm.diagnose` sees."""
 
 
-def train(args: RunArgs, held: Claim | None = None) -> None:
+def train(args: RunArgs, lock: RunLock | None = None) -> None:
     """Train one algorithm on all environments but `test_envs`, score all of them, write `output_dir`.
 
     A run that was stopped goes on: on the CPU its records and weights are bit for bit those of one that was not.
-    `held` is the claim on `output_dir`, where the caller has it already.
+    `lock` is the lock of `output_dir`, where the caller holds it already.
 
     Raises:
-        UsageError: the arguments do not fit, before a model is built; `Taken` if the run is done or worked on.
+        UsageError: the arguments do not fit, before a model is built; `RunTaken` if the run is done or worked on.
         SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; the state is saved.
     """
     run = plan(args)
     with contextlib.ExitStack() as stack:
-        held = held or stack.enter_context(claim(run.output_dir))
+        lock = lock or stack.enter_context(RunLock(run.output_dir))
         remove_temporary_files(run.output_dir)
         before = find_before(run)
         stack.enter_context(log_to(run.output_dir))
@@ -63,7 +63,7 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
         print(f"Images: {run.dataset.source}")
         training: Training | None = None
         try:
-            training = Training(run, held, workers, stop)
+            training = Training(run, lock, workers, stop)
             training.resume(before)
             training.go()
         except Stopped as stopped:
@@ -77,8 +77,8 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
 class Training:
     """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record."""
 
-    def __init__(self, run: Plan, held: Claim, workers: Workers, stop: Stop) -> None:
-        self.run, self.held, self.workers, self.stop = run, held, workers, stop
+    def __init__(self, run: Plan, lock: RunLock, workers: Workers, stop: Stop) -> None:
+        self.run, self.lock, self.workers, self.stop = run, lock, workers, stop
         self.step = -1
         self.since = Logged(run.device)
         self.recorded: list[int] = []
@@ -136,9 +136,10 @@ class Training:
             self.stop.check()
 
         if not run.args.skip_model_save:
-            self.save_model("model")
+            self.save_model(MODEL)
+        self.lock.check()
         (run.output_dir / DONE).write_text("done")
-        (run.output_dir / checkpoint.FILE_NAME).unlink(missing_ok=True)
+        (run.output_dir / CHECKPOINT).unlink(missing_ok=True)
 
     def update(self, step: int, minibatches: list[Any], unlabeled: list[Tensor] | None) -> Metrics:
         """One step of the algorithm, and what it logs; errors say what to try."""
@@ -194,11 +195,11 @@ class Training:
             record |= self.diagnosis()
         record["mem_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30 if run.on_gpu else 0.0
         record["elapsed_s"] = self.elapsed_s()
-        self.held.check()
+        self.lock.check()
         self.columns = print_row(record, self.columns)
         record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions(run.device)}
         record |= {"image_size": run.preprocess.size, "trainable_params": self.trainable, "protocol": run.protocol}
-        records.append(run.output_dir, record)
+        records.append_record(run.output_dir, record)
         self.recorded.append(step)
         self.keep_models(record)
         self.save_state()  # with `since`: a record that is lost later is written again
@@ -207,15 +208,16 @@ class Training:
     def keep_models(self, record: dict[str, Any]) -> None:
         args, score = self.run.args, validation(record, self.run.train_envs)
         if args.save_model_every_checkpoint and not args.skip_model_save:
-            self.save_model(f"model_step{record['step']}")
+            self.save_model(STEP_MODEL.format(step=record["step"]))
         if args.keep == "best" and not args.skip_model_save and score > self.best:
             self.best = score
-            self.save_model("model_best")
+            self.save_model(BEST_MODEL)
 
     def save_model(self, name: str) -> None:
         full = self.run.args.save == "full"
+        self.lock.check()
         with self.averaged():
-            save_model(self.run.output_dir / f"{name}.safetensors", self.algorithm, self.run.recipe, full=full)
+            save_model(self.run.output_dir / name, self.algorithm, self.run.recipe, full=full)
 
     def save_state(self) -> None:
         if self.step < 0:
@@ -223,12 +225,13 @@ class Training:
         self.since.read(self.step)
         progress: dict[str, Any] = {"step": self.step, "since": dict(self.since.values), "best": self.best}
         progress |= {"elapsed_s": self.elapsed_s(), "average": self.average and self.average.state()}
-        self.held.check()
+        self.lock.check()
         checkpoint.save(self.run.output_dir, self.algorithm, progress | {"args": records_args(self.run.args)})
 
     def resume(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; records that it does not know of are dropped."""
-        self.recorded = records.truncate(self.run.output_dir, state["step"] if state else -1)
+        self.lock.check()
+        self.recorded = records.truncate_records(self.run.output_dir, state["step"] if state else -1)
         if state is None:
             return
         self.algorithm.load_training_state(state["algorithm"])
@@ -247,7 +250,7 @@ def find_before(run: Plan) -> dict[str, Any] | None:
     """The checkpoint in the run's folder, if any; `UsageError` where the folder holds another run."""
     # DEVIATION: DomainBed appends a second run to the records of the first.
     state = checkpoint.load(run.output_dir)
-    written = records.load_run(run.output_dir)
+    written = list(records.read_records(run.output_dir))
     if state or written:
         there = state["args"] if state else written[0].get("args", {})
         checkpoint.check_same_run(run.output_dir, there, records_args(run.args))

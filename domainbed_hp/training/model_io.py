@@ -14,6 +14,7 @@ from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.hparams_registry import DeclaredHparams
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_dir import MODEL
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def save_model(path: Path, algorithm: Algorithm, recipe: Recipe, *, full: bool =
 
 def load_model(run_dir: Path) -> tuple[Algorithm, Recipe]:
     """A trained algorithm, in evaluation mode, and its recipe."""
-    path = run_dir / "model.safetensors"
+    path = run_dir / MODEL
     if not path.is_file():
-        raise UsageError(f"{run_dir}: no model.safetensors. Has the run ended, and without --skip_model_save?")
+        raise UsageError(f"{run_dir}: no {MODEL}. Has the run ended, and without --skip_model_save?")
     with safe_open(path, "pt") as file:
         recipe = Recipe(**json.loads(file.metadata()["recipe"]))
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

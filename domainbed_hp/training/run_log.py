@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import domainbed_hp
+from domainbed_hp import run_dir
 from domainbed_hp.files import cpu_count
 
 
@@ -75,7 +76,7 @@ def print_row(record: dict[str, Any], columns: list[str]) -> list[str]:
 @contextlib.contextmanager
 def log_to(output_dir: Path) -> Iterator[None]:
     """Copy what is printed to `out.txt`."""
-    with open(output_dir / "out.txt", "a") as out, contextlib.redirect_stdout(Tee(out)):
+    with open(output_dir / run_dir.OUT, "a") as out, contextlib.redirect_stdout(Tee(out)):
         yield
 
 

@@ -34,21 +34,20 @@ def test_delete_leaves_nothing(tmp_path: Path) -> None:
     (job.folder / "deep" / "er").mkdir(parents=True)
     (job.folder / "deep" / "file").touch()
     (job.folder / "link").symlink_to(tmp_path)
-    (job.folder / run_dir.HEARTBEAT).write_text(json.dumps({"machine": run_dir.machine()}))
     job.delete()
     assert not job.folder.exists() and tmp_path.exists()
 
 
 def test_delete_touches_nothing_that_is_running_or_done(tmp_path: Path) -> None:
     running, done = jobs_of(tmp_path, "ERM")
-    with run_dir.claim(running.folder):
+    with run_dir.RunLock(running.folder):
         (running.folder / "results.jsonl").touch()
-        with pytest.raises(run_dir.Taken):
+        with pytest.raises(run_dir.RunTaken):
             running.delete()
         assert (running.folder / "results.jsonl").exists()
     done.folder.mkdir()
     (done.folder / "done").touch()
-    with pytest.raises(run_dir.Taken):
+    with pytest.raises(run_dir.RunTaken):
         done.delete()
     assert (done.folder / "done").exists()
 
@@ -135,7 +134,7 @@ def test_the_jobs_of_a_killed_launcher_are_forgotten(tmp_path: Path) -> None:
 def test_states_come_from_the_folder(tmp_path: Path) -> None:
     job, _ = jobs_of(tmp_path, "ERM")
     assert job.state is State.NOT_LAUNCHED
-    with run_dir.claim(job.folder):
+    with run_dir.RunLock(job.folder):
         assert job.state is State.RUNNING
         (job.folder / "out.txt").touch()
     assert job.state is State.INCOMPLETE

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import photo
+from leases import REMOTE_LEASE
 
 from domainbed_hp import registry, run_dir
 from domainbed_hp.hparams_registry import HParam
@@ -57,12 +59,12 @@ class StubLoRA(StubERM):
 STUB_TRAIN = """
 import json, sys
 from pathlib import Path
-from domainbed_hp.run_dir import claim
+from domainbed_hp.run_dir import RunLock
 from domainbed_hp.scripts import run
 
 def main(argv):
     folder = Path(argv[argv.index("--output_dir") + 1])
-    with claim(folder):
+    with RunLock(folder):
         if "LoRA" in argv and not Path("repaired").exists():
             (folder / "out.txt").touch()
             raise RuntimeError("LoRA is broken")
@@ -278,7 +280,7 @@ def leave(job: Job, state: State) -> None:
     files = {
         State.DONE: (run_dir.DONE, "done"),
         State.FAILED: (run_dir.ERROR, "Traceback\n  ...\nOSError: disk full\n"),
-        State.RUNNING: (run_dir.HEARTBEAT, json.dumps({"machine": "another", "host": "node7", "pid": 1})),
+        State.RUNNING: (run_dir.LOCK, REMOTE_LEASE),
     }
     if state in files:
         name, text = files[state]
@@ -449,12 +451,13 @@ def test_delete_incomplete_spares_a_job_that_starts_meanwhile(
     one_of_each: dict[State, Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = one_of_each[State.INCOMPLETE]
-    with run_dir.claim(job.folder):
+    shutil.rmtree(one_of_each[State.RUNNING].folder)
+    with run_dir.RunLock(job.folder):
         monkeypatch.setattr(Job, "state", State.INCOMPLETE)
         assert run(script.main, ["delete_incomplete", "--output_dir", "out", "--skip_confirmation"]) == 0
         assert (job.folder / "out.txt").exists()
     assert (one_of_each[State.DONE].folder / "done").exists()
-    assert "3 are running and stay" in capsys.readouterr().out
+    assert "2 are running and stay" in capsys.readouterr().out
 
 
 def test_delete_incomplete_spares_jobs_that_the_flags_do_not_name(stubs: Path) -> None:

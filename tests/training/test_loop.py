@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import photo
+from leases import leave_lease
 from safetensors.torch import load_file
 from short_runs import CPU, MINI, crash, go, stop_at, terminate, without_times
 
@@ -22,7 +24,7 @@ from domainbed_hp.datasets.spec import ArrayImages
 from domainbed_hp.datasets.splits import splits
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import State, Taken, failure, state
+from domainbed_hp.run_dir import RunTaken, State, read_failure, read_state
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import main
 from domainbed_hp.training import checkpoint, loop, metric_log, setup
@@ -117,7 +119,7 @@ def test_the_first_bad_step_is_named_although_metrics_are_read_at_records_alone(
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ok": 0.0, "ce": torch.tensor(next(ce))})
     with pytest.raises(FloatingPointError, match="ce is inf at step 2: try a smaller lr, or --precision fp32"):
         go(tmp_path / "run", algorithm="LoRA", steps=9, checkpoint_freq=4)
-    assert next(ce, None) is None and [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+    assert next(ce, None) is None and [r["step"] for r in list(records.read_records(tmp_path / "run"))] == [0]
 
 
 def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +259,47 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
 
 def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
     before = go(tmp_path / "run", algorithm="ZeroShotCLIP")
-    with pytest.raises(Taken, match="already holds a run that is done"):
+    with pytest.raises(RunTaken, match="already holds a run that is done"):
         go(tmp_path / "run", algorithm="ZeroShotCLIP")
-    assert records.load_run(tmp_path / "run") == before
+    assert list(records.read_records(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "write"),
+    [
+        ("find_average", "truncation"),
+        ("scored", "record"),
+        ("records.append_record", "checkpoint"),
+        ("checkpoint.save", "model"),
+        ("save_model", "done"),
+    ],
+)
+def test_who_lost_the_run_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, write: str
+) -> None:
+    folder = tmp_path / "run"
+    settings = {"algorithm": "LoRA", "steps": 1}
+    if write == "truncation":
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", lambda *_: crash())
+            with pytest.raises(RuntimeError):
+                go(folder, **settings)
+        assert len(list(records.read_records(folder))) == 1  # it would be dropped, as no checkpoint knows of it
+    function = attrgetter(target)(loop)
+    before: dict[str, bytes] = {}
+
+    def lose(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        leave_lease(folder)
+        before.update({path.name: path.read_bytes() for path in folder.iterdir()})
+        return result
+
+    monkeypatch.setattr(f"domainbed_hp.training.loop.{target}", lose)
+    with pytest.raises(RunTaken, match="process 12 on node7"):
+        go(folder, **settings)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del before["out.txt"], after["out.txt"]
+    assert after == before
 
 
 @pytest.mark.parametrize(
@@ -282,9 +322,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
             go(tmp_path / "run", **settings)
     if how is terminate:
         assert caught.value.code == 128 + signal.SIGTERM
-        assert state(tmp_path / "run") == State.INCOMPLETE
+        assert read_state(tmp_path / "run") == State.INCOMPLETE
     else:
-        assert state(tmp_path / "run") == State.FAILED and failure(tmp_path / "run") == "RuntimeError: boom"
+        assert read_state(tmp_path / "run") == State.FAILED and read_failure(tmp_path / "run") == "RuntimeError: boom"
     resumed = go(tmp_path / "run", **settings)
     assert without_times(resumed) == without_times(whole)
     for name in ("model", "model_best"):
@@ -311,7 +351,7 @@ def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, m
         patch.setattr(loop, "score", stopping)
         with pytest.raises(SystemExit):
             go(tmp_path / "run", **settings)
-    assert [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+    assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == [0]
     assert checkpoint.load(tmp_path / "run")["step"] == 2  # no step is done twice
     assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
 
@@ -320,7 +360,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     stop_at(1, monkeypatch, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", algorithm="LoRA")
-    assert state(tmp_path / "run") == State.INCOMPLETE
+    assert read_state(tmp_path / "run") == State.INCOMPLETE
     assert checkpoint.load(tmp_path / "run")["step"] == 0, "that of the last record"
 
 
@@ -344,7 +384,7 @@ def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch:
         with pytest.raises(RuntimeError):
             go(tmp_path / "run", **settings)
     path = tmp_path / "run" / "results.jsonl"
-    assert [r["step"] for r in records.load_run(path)] == [0, 2]
+    assert [r["step"] for r in list(records.read_records(path.parent))] == [0, 2]
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.warns(UserWarning, match="torn"):
         resumed = go(tmp_path / "run", **settings)
@@ -429,8 +469,8 @@ def test_an_error_of_the_disk_is_named_and_loses_nothing(
         patch.setattr(os, "fsync", failing)
         with pytest.raises(OSError):
             go(tmp_path / "run", algorithm="LoRA")
-    assert os.strerror(number) in failure(tmp_path / "run")
-    assert [r["step"] for r in records.load_run(tmp_path / "run")] == stay
+    assert os.strerror(number) in read_failure(tmp_path / "run")
+    assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == stay
     assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
 
 
@@ -454,7 +494,7 @@ def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.
         UsageError, match="at step 1: try a larger accumulate, a smaller batch_size, --precision bf16, or"
     ):
         go(tmp_path / "run", algorithm="LoRA")
-    assert "smaller batch_size" in failure(tmp_path / "run")
+    assert "smaller batch_size" in read_failure(tmp_path / "run")
 
 
 def test_save_full_has_every_weight(tmp_path: Path) -> None:

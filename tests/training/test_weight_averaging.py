@@ -209,7 +209,7 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
     average: str, raw: Path, tmp_path: Path
 ) -> None:
     found = run(tmp_path, SWAD_NOW if average == "swad" else {"average": "beta"})
-    there = records.load_run(raw)
+    there = list(records.read_records(raw))
     assert [r["ce"] for r in found] == [r["ce"] for r in there]
     algorithm, recipe = load_model(raw)
     path = [loop.untrained(recipe, 3).trained_state()] + [weights_after(raw, step) for step in range(4)]
