@@ -40,7 +40,7 @@ class Run:
     """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
     image_size: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
-    """Unusual conditions that the algorithm declares, e.g. {"transductive": True}."""
+    """Conditions under which the run was trained and scored, e.g. {"weights": ..., "transductive": True}."""
     row: str = ""
     """The row of the tables that the run belongs to."""
 
