@@ -193,7 +193,7 @@ def draw_chosen_gates(collected: CollectedRuns, method: type[SelectionMethod], n
             without.append(run.folder)
     if without:
         folders = ", ".join(without)
-        notes.append(f"no figure of the gates of these runs, which are older than gates in records: {folders}")
+        notes.append(f"gates are not drawn for runs whose records hold none (made by an earlier version): {folders}")
     return figures
 
 
