@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 from helpers import photo
 
+import domainbed_hp
 from domainbed_hp import registry
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,10 @@ def test_readme_and_docs_name_every_method() -> None:
 def test_ci_finds_the_command_of_the_tests() -> None:
     lines = [line for line in text_of("README.md").splitlines() if line.endswith("python -m pytest -n auto")]
     assert lines == ['pip install ".[test]" && python -m pytest -n auto']
+
+
+def test_the_citation_names_this_version() -> None:
+    assert re.search(r"^version: (.+)$", text_of("CITATION.cff"), re.MULTILINE)[1] == domainbed_hp.__version__  # type: ignore[index]
 
 
 # Tables of hparams
