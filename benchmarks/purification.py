@@ -30,12 +30,12 @@ def format_mean(values: pd.Series) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input_dir", type=Path, help="folder of a sweep with all rows of sweeps/shapes.toml")
-    frame = load.load(parser.parse_args().input_dir).frame
+    frame = load.load_runs(parser.parse_args().input_dir).frame
     chosen = IIDAccuracy.select(frame)
     by_trial = chosen.pivot_table(index="trial_seed", columns="row", values="test_acc", aggfunc="mean")
     by_env = chosen.pivot_table(index="test_env", columns="row", values="test_acc", aggfunc="mean")
     lines = []
-    for row in tables.row_order(frame):
+    for row in tables.order_rows(frame):
         gain = by_trial[METHOD] - by_trial[row]
         envs = [f"{100 * by_env[row][env]:.1f}" for env in by_env.index]
         lines.append([row, *envs, format_mean(by_trial[row]), "" if row == METHOD else format_mean(gain)])

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.networks.clip import find_clip
 from domainbed_hp.training.cuda_graph import speed_up
 from domainbed_hp.training.loop import seed_everything
@@ -53,7 +53,7 @@ class Variant:
             options = {"backbone": "clip"} | options
         self.name, self.choice, self.device = name, choice, torch.device(args.device)
         self.cast = torch.autocast(self.device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False)
-        hparams = resolve(algorithm, "PACS", 0, 0, options) | {"class_names": list(CLASSES), "steps": 10**6}
+        hparams = resolve_hparams(algorithm, "PACS", 0, 0, options) | {"class_names": list(CLASSES), "steps": 10**6}
         seed_everything(0)
         size = find_clip(args.model, "random").preprocess.size
         built = get_algorithm_class(algorithm)((3, size, size), len(CLASSES), 3, hparams)

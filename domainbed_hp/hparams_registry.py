@@ -1,13 +1,13 @@
-"""Hyperparameters: each one is a default and a sampler that draws from a stream seeded by its own name.
+"""Hyperparameters: a default, and a sampler that draws from a stream seeded by the hparam's own name.
 
-As in DomainBed's hparams_registry.py a new hparam therefore never moves another one's draw.
-They are declared beside the code that reads them, as `Algorithm.HPARAMS`.
+A new hparam therefore never moves another one's draw, as in DomainBed's hparams_registry.py.
+Hparams are declared beside the code that reads them, as `Algorithm.HPARAMS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from domainbed_hp.registry import ALGORITHMS, SHARPNESS, WEIGHT_AVERAGES, UsageE
 from domainbed_hp.seeds import seed_hash
 
 SMALL_IMAGES = ("Debug28",)
-"""Data sets that DomainBed gives larger learning rates and batches."""
+"""Data sets that have larger learning rates and batches in DomainBed."""
 
 
 @dataclass(frozen=True)
 class HParam:
-    """One hyperparameter; without `sample` a random draw keeps the default."""
+    """One hyperparameter. A random draw of one without `sample` is its default."""
 
     default: Any
     sample: Callable[[np.random.RandomState], Any] | None = None
@@ -29,18 +29,27 @@ class HParam:
     choices: tuple[Any, ...] = ()
     at_least: float | None = None
     below: float | None = None
-    plugins: dict[str, str] | None = None
-    """A table of `registry` that the value is a name in; what it stands for brings `HPARAMS` and `validate`."""
+    plugins: dict[str, Any] | None = None
+    """The table of `registry` that the value is a name in. The named class brings hparams of its own."""
+    by_dataset: Mapping[str, HParam] = field(default_factory=dict)
+    """Default and sampler on single data sets, by the data set's name."""
+
+    def for_dataset(self, dataset: str) -> HParam:
+        """Return this hparam with the default and the sampler that hold on `dataset`."""
+        if dataset not in self.by_dataset:
+            return self
+        own = self.by_dataset[dataset]
+        return replace(self, default=own.default, sample=own.sample)
 
     def draw(self, name: str, seed: int) -> Any:
-        """The value of random seed `seed`; numpy scalars become Python's, so that JSON can hold them."""
+        """Return the value of random seed `seed`, as a Python scalar that JSON can hold."""
         if self.sample is None:
             return self.default
         value = self.sample(np.random.RandomState(seed_hash(seed, name)))
         return value.item() if isinstance(value, np.generic) else value
 
     def check(self, name: str, value: Any) -> Any:
-        """`value`, with an int widened to float where the default is one; `UsageError` where it does not fit."""
+        """Return `value`, as a float where the default is one. `UsageError` for a wrong type or range."""
         kind = type(self.default)
         if kind is float and type(value) is int:
             value = float(value)
@@ -58,84 +67,99 @@ class HParam:
         return value
 
 
+class DeclaredHparams(dict[str, Any]):
+    """The hparams that an algorithm is built with. Reading one that it does not declare is a `UsageError`."""
+
+    def __init__(self, algorithm: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.algorithm = algorithm
+
+    def __missing__(self, name: str) -> Any:
+        raise UsageError(
+            f"{self.algorithm} reads hparam {name!r} and does not declare it. Declare its default in the class: "
+            f"HPARAMS = Algorithm.HPARAMS | {{{name!r}: HParam(default)}}"
+        )
+
+
 def log_uniform(base: float, low: float, high: float) -> Callable[[np.random.RandomState], float]:
-    """Sampler of base^U(low, high)."""
+    """Return a sampler of base^U(low, high)."""
     return lambda r: base ** r.uniform(low, high)
 
 
 def choice(*values: Any) -> Callable[[np.random.RandomState], Any]:
-    """Sampler of one of `values`."""
+    """Return a sampler of one of `values`."""
     return lambda r: r.choice(values)
 
 
 TRAINING_HPARAMS = {
-    "average": HParam("none", plugins=WEIGHT_AVERAGES, help="weights over time that are scored: none, or a name"),
-    "sharpness": HParam("none", plugins=SHARPNESS, help="climb before each step: none, or a name"),
+    "average": HParam("none", plugins=WEIGHT_AVERAGES, help="average of the weights over training: none, or a name"),
+    "sharpness": HParam("none", plugins=SHARPNESS, help="sharpness-aware step: none, or a name"),
 }
-"""What the harness does for every algorithm."""
+"""Hparams of every algorithm, which the training loop reads."""
 
 
-def known(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, HParam]:
-    """The hparams of a run of `algorithm` that makes the choices in `overrides`; imports the algorithm.
+def known_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, HParam]:
+    """Return the hparams of `algorithm` on `dataset`. Imports the algorithm.
 
-    A choice from a table of plugins, such as prompt=coop, brings hparams of its own.
+    A choice in `overrides`, such as prompt=coop, brings the hparams of what it names.
     """
-    table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).hparams_for(dataset)
-    for plugin in chosen(table, overrides or {}).values():
+    table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).HPARAMS
+    for plugin in load_choices(table, overrides or {}).values():
         table = plugin.HPARAMS | table
-    return table
+    return {name: hparam.for_dataset(dataset) for name, hparam in table.items()}
 
 
-def chosen(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the choices in `values`, or by default, stand for."""
-    choices = {name: (h.plugins, values.get(name, h.default)) for name, h in table.items() if h.plugins is not None}
-    return {name: load(t, name, v) for name, (t, v) in choices.items() if isinstance(v, str) and v != "none"}
+def load_choices(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class that each hparam with `plugins` names, by `values` or by its default."""
+    names = {name: (h.plugins, values.get(name, h.default)) for name, h in table.items() if h.plugins is not None}
+    return {name: load(t, name, v) for name, (t, v) in names.items() if isinstance(v, str) and v != "none"}
 
 
 def default_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The defaults, `hparams_seed` 0, under the choices in `overrides`."""
-    return {name: h.default for name, h in known(algorithm, dataset, overrides).items()}
+    """Return the default of every hparam, `hparams_seed` 0, under the choices in `overrides`."""
+    return {name: h.default for name, h in known_hparams(algorithm, dataset, overrides).items()}
 
 
 def random_hparams(
     algorithm: str, dataset: str, seed: int, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One random draw of every hparam, under the choices in `overrides`."""
-    return {name: h.draw(name, seed) for name, h in known(algorithm, dataset, overrides).items()}
+    """Return one random draw of every hparam, under the choices in `overrides`."""
+    return {name: h.draw(name, seed) for name, h in known_hparams(algorithm, dataset, overrides).items()}
 
 
-def resolve(
+def resolve_hparams(
     algorithm: str, dataset: str, hparams_seed: int, trial_seed: int, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The hparams of one run: defaults or a draw, then `overrides`, checked against the known names and types.
+    """Return the hparams of one run: the defaults or a random draw, with `overrides` in their place.
 
     Source of the seeds: DomainBed's scripts/train.py, `random_hparams(..., seed_hash(hparams_seed, trial_seed))`.
+
+    Raises:
+        UsageError: an override has an unknown name or a wrong type, or values do not go together.
     """
-    table = known(algorithm, dataset, overrides)
-    if hparams_seed == 0:
-        hparams = default_hparams(algorithm, dataset, overrides)
-    else:
-        hparams = random_hparams(algorithm, dataset, seed_hash(hparams_seed, trial_seed), overrides)
+    table = known_hparams(algorithm, dataset, overrides)
+    seed = seed_hash(hparams_seed, trial_seed)
+    hparams = {name: h.default if hparams_seed == 0 else h.draw(name, seed) for name, h in table.items()}
     for name, value in overrides.items():
         # DEVIATION: DomainBed takes any name and any type, and trains with the default.
         if name not in table:
-            raise UsageError(f"{unknown_name(f'hparam of {algorithm}', name, table)}{comes_with(name, table)}")
+            raise UsageError(f"{unknown_name(f'hparam of {algorithm}', name, table)}{name_choices_with(name, table)}")
         hparams[name] = table[name].check(name, value)
-    for plugin in chosen(table, hparams).values():
+    for plugin in load_choices(table, hparams).values():
         plugin.validate(hparams)
     load(ALGORITHMS, "algorithm", algorithm).validate(hparams)
     return hparams
 
 
-def check_validation(hparams: Mapping[str, Any], images: bool) -> None:
-    """`UsageError` where the average of weights looks at validation images and there are none."""
+def check_validation_images(hparams: Mapping[str, Any], available: bool) -> None:
+    """Raise `UsageError` where the weight average needs validation images and none are `available`."""
     average = hparams.get("average", "none")
-    if average != "none" and not images and load(WEIGHT_AVERAGES, "average", average).VALIDATES:
+    if average != "none" and not available and load(WEIGHT_AVERAGES, "average", average).VALIDATES:
         raise UsageError(f"average={average} needs validation images: --holdout_fraction above 0")
 
 
-def comes_with(name: str, table: Mapping[str, HParam]) -> str:
-    """Which choices would bring hparam `name`, in words."""
+def name_choices_with(name: str, table: Mapping[str, HParam]) -> str:
+    """Return a sentence that names the choices that bring hparam `name`, "" if there are none."""
     choices = [(choice, h.plugins, v) for choice, h in table.items() if h.plugins is not None for v in h.plugins]
-    found = [f"{choice}={v}" for choice, plugins, v in choices if name in load(plugins, choice, v).HPARAMS]
-    return f". It comes with {' or '.join(found)}" if found else ""
+    bringing = [f"{choice}={v}" for choice, plugins, v in choices if name in load(plugins, choice, v).HPARAMS]
+    return f". It comes with {' or '.join(bringing)}" if bringing else ""

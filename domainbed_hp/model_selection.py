@@ -1,105 +1,149 @@
-"""DomainBed's three rules (model_selection.py there): which run and checkpoint stands for a trial.
+"""Rules of model selection: which run and which checkpoint stand for a trial. The three are DomainBed's.
 
-A rule sees the records of one (row, dataset, trial_seed, test_env), scores (hparams_seed, step) by `val_acc`, and the
-best one's `test_acc` = env{t}_in_acc counts. Input is the frame of `reports.collected`.
+A new rule is a subclass of `SelectionMethod` and one line of `registry.SELECTION_RULES`.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from domainbed_hp.registry import SELECTION_RULES, load
+
 GROUP = ["row", "dataset", "trial_seed", "test_env"]
-CHOICE = [*GROUP, "hparams_seed", "step", "val_acc", "test_acc"]
+"""Columns that name one choice: the rule chooses a run (hparams_seed) and a step for each of these groups."""
 
 
-@dataclass(frozen=True)
 class SelectionMethod:
-    """A rule: its printed name, and the candidates that it scores."""
+    """A rule of model selection. It is never instantiated, as in DomainBed."""
 
+    key: str
+    """The name on the command line, as in `registry.SELECTION_RULES`."""
     name: str
-    candidates: Callable[[pd.DataFrame], pd.DataFrame]
+    """The name that is printed."""
+    num_test_envs: tuple[int, ...] = (1,)
+    """The rule reads runs with so many test environments."""
 
-    def select(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The best candidate of each group, columns `CHOICE`; a group without candidates has no row."""
-        return self.ranked(frame).drop_duplicates(GROUP).sort_values(GROUP, ignore_index=True)
+    @classmethod
+    def candidates(cls, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the records that the rule may choose, with three new columns.
 
-    def ranked(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The best step of each hparams_seed of each group, best first, columns `CHOICE`.
+        `frame` is that of `reports.load.CollectedRuns`. The columns are `test_env` (index), `test_acc` (the accuracy
+        that counts) and `val_acc` (the score: the highest is chosen), both in [0, 1].
+        """
+        raise NotImplementedError
 
-        Equal `val_acc`: the higher hparams_seed, then the earlier step. NaN counts as -inf.
+    @classmethod
+    def explain(cls, frame: pd.DataFrame) -> str:
+        """Return why records of complete runs may have no candidate, for a note to the user; "" for no reason."""
+        return ""
+
+    @classmethod
+    def select(cls, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the best candidate of each group; a group without candidates has none."""
+        return cls.rank_runs(frame).drop_duplicates(GROUP).sort_values(GROUP, ignore_index=True)
+
+    @classmethod
+    def rank_runs(cls, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the best candidate of each hparams_seed of each group, best first.
+
+        Among equal `val_acc`, a higher hparams_seed comes first, then an earlier step. NaN comes last.
         """
         # DEVIATION: among the steps of one run, DomainBed's max() would keep a NaN that comes first.
         order = ["val_acc", "hparams_seed", "step"]
-        found = self.candidates(frame).sort_values(order, ascending=[False, False, True], na_position="last")
-        return found.drop_duplicates([*GROUP, "hparams_seed"])[CHOICE]
+        ranked = cls.candidates(frame).sort_values(order, ascending=[False, False, True], na_position="last")
+        return ranked.drop_duplicates([*GROUP, "hparams_seed"])
 
 
-def _accs(frame: pd.DataFrame, split: str) -> np.ndarray:
-    """env{i}_{split}_acc of all environments, NaN where there is none. Shape (records, envs)."""
-    num_envs = int(frame["num_envs"].max()) if len(frame) else 0
-    return frame.reindex(columns=[f"env{i}_{split}_acc" for i in range(num_envs)]).to_numpy(dtype=float)
+def load_selection_methods() -> list[type[SelectionMethod]]:
+    """Return all rules of `registry.SELECTION_RULES`, in its order."""
+    return [load(SELECTION_RULES, "selection_rule", key) for key in SELECTION_RULES]
 
 
-def _single(frame: pd.DataFrame) -> pd.DataFrame:
-    """The records of runs with one test environment, with `test_env` and `test_acc`."""
+class IIDAccuracy(SelectionMethod):
+    """Training-domain validation: `val_acc` is the mean of env{i}_out_acc over the training environments i."""
+
+    key = "iid"
+    name = "training-domain validation set"
+
+    @classmethod
+    def candidates(cls, frame: pd.DataFrame) -> pd.DataFrame:
+        single = take_single(frame)
+        out = stack_accs(single, "out")  # (records, envs)
+        env = np.arange(out.shape[1])
+        used = (env < single["num_envs"].to_numpy()[:, None]) & (env != single["test_env"].to_numpy()[:, None])
+        return single.assign(val_acc=np.where(used, out, 0).sum(axis=1) / used.sum(axis=1))
+
+
+class LeaveOneOut(SelectionMethod):
+    """Leave-one-domain-out cross-validation over the training environments v of a run that left out t.
+
+    `val_acc` is the mean over v of env{v}_in_acc of the run that left out {t, v}, at the same step. A step is a
+    candidate only if all these pairs recorded it, and the run that left out t alone recorded it once.
+    """
+
+    key = "leave_one_out"
+    name = "leave-one-domain-out cross-validation"
+    num_test_envs = (1, 2)
+
+    @classmethod
+    def explain(cls, frame: pd.DataFrame) -> str:
+        if (frame["test_envs"].map(len) == 2).any():
+            return "finds no step that a run and its pairs recorded once"
+        return "needs runs with two test environments, and there are none (a sweep with single_test_envs makes none)"
+
+    @classmethod
+    def candidates(cls, frame: pd.DataFrame) -> pd.DataFrame:
+        same = ["row", "dataset", "trial_seed", "hparams_seed", "step"]
+        frame = frame.assign(together=frame.groupby(same, sort=False).ngroup())  # one number for a run and its pairs
+        pairs = frame[frame["test_envs"].map(len) == 2]
+        single = take_single(frame).drop_duplicates(["together", "test_env"], keep=False)
+        if pairs.empty or single.empty:
+            return single.iloc[:0].assign(val_acc=0.0)
+        env = np.arange(stack_accs(frame, "in").shape[1])
+
+        def make_index(together: np.ndarray, t: np.ndarray, v: np.ndarray) -> np.ndarray:
+            """Return (together, t, v) as one number."""
+            index: np.ndarray = (together * len(env) + t) * len(env) + v
+            return index
+
+        # env{v}_in_acc of the run that left out t and v, sorted by the index of (together, t, v).
+        a, b = np.array([*pairs["test_envs"]]).T
+        together, accs, record = pairs["together"].to_numpy(), stack_accs(pairs, "in"), np.arange(len(pairs))
+        both_orders = np.concatenate([make_index(together, a, b), make_index(together, b, a)])
+        indices, first = np.unique(both_orders, return_index=True)
+        left_out = np.concatenate([accs[record, b], accs[record, a]])[first]
+
+        t = single["test_env"].to_numpy()[:, None]
+        other = (env != t) & (env < single["num_envs"].to_numpy()[:, None])  # (records, envs)
+        wanted = make_index(single["together"].to_numpy()[:, None], t, env)  # (records, envs)
+        at = np.searchsorted(indices, wanted).clip(max=len(indices) - 1)
+        complete: np.ndarray = ((indices[at] == wanted) | ~other).all(axis=1)
+        total = np.zeros(len(single))
+        for v in env:  # In DomainBed's order, because sums that are equal there must be equal here.
+            total += np.where(other[:, v], left_out[at[:, v]], 0)
+        return single[complete].assign(val_acc=(total / other.sum(axis=1))[complete])
+
+
+class Oracle(SelectionMethod):
+    """Test-domain validation: `val_acc` is env{t}_out_acc of the test environment t, at the last checkpoint only."""
+
+    key = "oracle"
+    name = "test-domain validation set (oracle)"
+
+    @classmethod
+    def candidates(cls, frame: pd.DataFrame) -> pd.DataFrame:
+        single = take_single(frame).sort_values("step", kind="stable")
+        last = single.drop_duplicates([*GROUP, "hparams_seed"], keep="last")
+        return last.assign(val_acc=stack_accs(last, "out")[np.arange(len(last)), last["test_env"]])
+
+
+def take_single(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the records of runs with one test environment t, with `test_env` = t and `test_acc` = env{t}_in_acc."""
     single = frame[frame["test_envs"].map(len) == 1]
     test_env = single["test_envs"].map(lambda envs: envs[0]).to_numpy(dtype=int)
-    return single.assign(test_env=test_env, test_acc=_accs(single, "in")[np.arange(len(single)), test_env])
+    return single.assign(test_env=test_env, test_acc=stack_accs(single, "in")[np.arange(len(single)), test_env])
 
 
-def _iid(frame: pd.DataFrame) -> pd.DataFrame:
-    """All checkpoints; val_acc = mean of env{i}_out_acc over the training environments i."""
-    single = _single(frame)
-    out = _accs(single, "out")  # (records, envs)
-    env = np.arange(out.shape[1])
-    used = (env < single["num_envs"].to_numpy()[:, None]) & (env != single["test_env"].to_numpy()[:, None])
-    return single.assign(val_acc=np.where(used, out, 0).sum(axis=1) / used.sum(axis=1))
-
-
-def _leave_one_out(frame: pd.DataFrame) -> pd.DataFrame:
-    """val_acc = mean over the other environments v of env{v}_in_acc of the run that left out both {t, v}, same step.
-
-    Only where all these pairs exist, and one record of the run that left out t alone.
-    """
-    same = ["row", "dataset", "trial_seed", "hparams_seed", "step"]
-    frame = frame.assign(together=frame.groupby(same, sort=False).ngroup())  # a number for a run and its pairs
-    pairs = frame[frame["test_envs"].map(len) == 2]
-    single = _single(frame).drop_duplicates(["together", "test_env"], keep=False)
-    if pairs.empty or single.empty:
-        return single.iloc[:0].assign(val_acc=0.0)
-    env = np.arange(_accs(frame, "in").shape[1])
-
-    def place(together: np.ndarray, t: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """(together, t, v) as one number."""
-        found: np.ndarray = (together * len(env) + t) * len(env) + v
-        return found
-
-    # env{v}_in_acc where t and v were left out, by place.
-    a, b = np.array([*pairs["test_envs"]]).T
-    together, accs, record = pairs["together"].to_numpy(), _accs(pairs, "in"), np.arange(len(pairs))
-    places, first = np.unique(np.concatenate([place(together, a, b), place(together, b, a)]), return_index=True)
-    left_out = np.concatenate([accs[record, b], accs[record, a]])[first]
-
-    t = single["test_env"].to_numpy()[:, None]
-    other = (env != t) & (env < single["num_envs"].to_numpy()[:, None])  # (records, envs)
-    wanted = place(single["together"].to_numpy()[:, None], t, env)
-    at = np.searchsorted(places, wanted).clip(max=len(places) - 1)
-    complete: np.ndarray = ((places[at] == wanted) | ~other).all(axis=1)
-    total = np.zeros(len(single))
-    for v in env:  # in this order: sums that DomainBed finds equal must be
-        total += np.where(other[:, v], left_out[at[:, v]], 0)
-    return single[complete].assign(val_acc=(total / other.sum(axis=1))[complete])
-
-
-def _oracle(frame: pd.DataFrame) -> pd.DataFrame:
-    """The last checkpoint only; val_acc = env{t}_out_acc, which looks at the test environment."""
-    last = _single(frame).sort_values("step", kind="stable").drop_duplicates([*GROUP, "hparams_seed"], keep="last")
-    return last.assign(val_acc=_accs(last, "out")[np.arange(len(last)), last["test_env"]])
-
-
-IIDAccuracy = SelectionMethod("training-domain validation set", _iid)
-LeaveOneOut = SelectionMethod("leave-one-domain-out cross-validation", _leave_one_out)
-Oracle = SelectionMethod("test-domain validation set (oracle)", _oracle)
-METHODS = (IIDAccuracy, LeaveOneOut, Oracle)
+def stack_accs(frame: pd.DataFrame, split: str) -> np.ndarray:
+    """Return env{i}_{split}_acc of all environments i, (records, envs); NaN where a record has none."""
+    num_envs = int(frame["num_envs"].max()) if len(frame) else 0
+    return frame.reindex(columns=[f"env{i}_{split}_acc" for i in range(num_envs)]).to_numpy(dtype=float)

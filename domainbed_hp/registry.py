@@ -5,7 +5,7 @@ An entry is "module:attribute" until its name is first loaded, and the object af
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -77,12 +77,12 @@ LAUNCHERS: dict[str, Any] = {
     "dummy": "domainbed_hp.launchers.dummy:launch",
 }
 
-
 SELECTION_RULES: dict[str, Any] = {
     "iid": "domainbed_hp.model_selection:IIDAccuracy",
     "leave_one_out": "domainbed_hp.model_selection:LeaveOneOut",
     "oracle": "domainbed_hp.model_selection:Oracle",
 }
+"""Rules of model selection; there is one table of results for each."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
@@ -94,6 +94,13 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.6)
     hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
     return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+def refuse_renamed_methods(cls: type, renamed: Mapping[str, str]) -> None:
+    """Raise `UsageError` where a class defines a method that the package no longer calls."""
+    for name, replacement in renamed.items():
+        if name in vars(cls):
+            raise UsageError(f"{cls.__name__} defines {name}, which is no longer called. Define {replacement} instead")
 
 
 def load(table: dict[str, Any], kind: str, name: str) -> Any:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 
 CLASSES = ["dog", "electric_guitar", "house"]
 
@@ -17,7 +17,7 @@ def make(algorithm: str, seed: int = 0, num_classes: int = 3, **overrides: Any) 
     """An algorithm on the embedded CLIP, with classes of its own."""
     fixed = {"clip_model": "mini", "clip_pretrained": "shapes"} | ({"backbone": "clip"} if algorithm == "ERM" else {})
     steps = overrides.pop("steps", None)
-    hparams = resolve(algorithm, "PACS", 0, 0, fixed | overrides)
+    hparams = resolve_hparams(algorithm, "PACS", 0, 0, fixed | overrides)
     hparams |= {"class_names": CLASSES[:num_classes]} | ({"steps": steps} if steps else {})
     torch.manual_seed(seed)
     return get_algorithm_class(algorithm)((3, 64, 64), num_classes, 3, hparams)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from domainbed_hp.reports.load import Collected, collect
+from domainbed_hp.reports.load import CollectedRuns, collect_records
 from domainbed_hp.sweep.jobs import Job
 
 Record = dict[str, Any]
@@ -27,8 +27,8 @@ def record(env: int, test_acc: float, trial_seed: int = 0, num_envs: int = 4, **
     return {"args": args, "step": 0, **outs, f"env{env}_in_acc": test_acc}
 
 
-def collected(records: list[Record]) -> Collected:
-    return collect((f"run{i}", record) for i, record in enumerate(records))
+def collected(records: list[Record]) -> CollectedRuns:
+    return collect_records((f"run{i}", record) for i, record in enumerate(records))
 
 
 def frame(records: list[Record]) -> pd.DataFrame:
@@ -42,7 +42,7 @@ def write(folder: Path, *records: Record) -> None:
 
 def launched(output_dir: Path, args: list[dict[str, Any]], done: bool = True, num_envs: int = 4) -> list[Job]:
     """A sweep on disk, each of its jobs with one record, and done."""
-    jobs = [Job.under(output_dir, {"holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 0, **a}) for a in args]
+    jobs = [Job.create(output_dir, {"holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 0, **a}) for a in args]
     for job in jobs:
         accs = {f"env{i}_{split}_acc": 0.5 for i in range(num_envs) for split in ("in", "out")}
         write(job.folder, {"args": job.args, "step": 0, **accs})

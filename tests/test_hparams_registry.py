@@ -3,14 +3,22 @@ import json
 import numpy as np
 import pytest
 
-from domainbed_hp.hparams_registry import HParam, choice, default_hparams, random_hparams, resolve
-from domainbed_hp.registry import UsageError
+from domainbed_hp.algorithms import get_algorithm_class
+from domainbed_hp.hparams_registry import (
+    DeclaredHparams,
+    HParam,
+    choice,
+    default_hparams,
+    random_hparams,
+    resolve_hparams,
+)
+from domainbed_hp.registry import ALGORITHMS, UsageError, load
 
 NAMES = ("lr", "weight_decay", "batch_size", "resnet_dropout")
 
 
 def draw(dataset, hparams_seed, trial_seed):
-    hparams = resolve("ERM", dataset, hparams_seed, trial_seed, {})
+    hparams = resolve_hparams("ERM", dataset, hparams_seed, trial_seed, {})
     return tuple(hparams[name] for name in NAMES)
 
 
@@ -43,7 +51,7 @@ def test_domainbeds_own_runs_reproduce(shared_data):
     for run in runs:
         record = json.loads(run.read_text().splitlines()[0])
         args = record["args"]
-        ours = resolve("ERM", args["dataset"], args["hparams_seed"], args["trial_seed"], {})
+        ours = resolve_hparams("ERM", args["dataset"], args["hparams_seed"], args["trial_seed"], {})
         shared = record["hparams"].keys() & ours.keys()
         assert shared == record["hparams"].keys() - {"resnet18"}
         assert {name: ours[name] for name in shared} == {name: record["hparams"][name] for name in shared}
@@ -58,8 +66,8 @@ def test_hparams_are_plain_python():
 
 
 def test_overrides():
-    assert resolve("ERM", "PACS", 1, 0, {"batch_size": 5})["batch_size"] == 5
-    widened = resolve("ERM", "PACS", 0, 0, {"weight_decay": 1})["weight_decay"]
+    assert resolve_hparams("ERM", "PACS", 1, 0, {"batch_size": 5})["batch_size"] == 5
+    widened = resolve_hparams("ERM", "PACS", 0, 0, {"weight_decay": 1})["weight_decay"]
     assert widened == 1.0 and type(widened) is float
 
 
@@ -80,9 +88,49 @@ def test_overrides():
 )
 def test_bad_overrides_are_refused(overrides, message):
     with pytest.raises(UsageError, match=message):
-        resolve("ERM", "PACS", 0, 0, overrides)
+        resolve_hparams("ERM", "PACS", 0, 0, overrides)
 
 
 def test_unknown_algorithm():
     with pytest.raises(UsageError, match="Known: .*ERM"):
         default_hparams("ERN", "PACS")
+
+
+@pytest.mark.parametrize(
+    ("parent", "small", "large"), [("ERM", "ShapesDG", "DomainNet"), ("CLIPood", "PACS", "OfficeHome")]
+)
+def test_a_childs_hparam_wins_on_every_data_set(
+    parent: str, small: str, large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = get_algorithm_class(parent)
+    child = type("Child", (base,), {"HPARAMS": base.HPARAMS | {"lr": HParam(0.5)}})
+    monkeypatch.setitem(ALGORITHMS, "Child", "conftest:Child")
+    monkeypatch.setattr(
+        "domainbed_hp.hparams_registry.load",
+        lambda table, kind, name: child if name == "Child" else load(table, kind, name),
+    )
+    for dataset in (small, large, "PACS", "Debug28"):
+        assert default_hparams("Child", dataset)["lr"] == 0.5
+        assert random_hparams("Child", dataset, 1)["lr"] == 0.5
+        ours, theirs = (default_hparams(name, dataset) for name in ("Child", parent))
+        assert {name for name in ours if ours[name] != theirs[name]} == {"lr"}
+
+
+def test_defaults_of_one_data_set_are_data() -> None:
+    hparam = HParam(1.0, choice(1.0), "help", at_least=0, by_dataset={"PACS": HParam(2.0, choice(2.0))})
+    assert hparam.for_dataset("VLCS") is hparam
+    own = hparam.for_dataset("PACS")
+    assert (own.default, own.draw("x", 0), own.help, own.at_least) == (2.0, 2.0, "help", 0)
+
+
+def test_a_hparam_that_is_not_declared_is_named() -> None:
+    hparams = DeclaredHparams("Mine", {"lr": 0.1})
+    assert hparams["lr"] == 0.1 and "mldg_beta" not in hparams and hparams.get("mldg_beta") is None
+    with pytest.raises(UsageError, match=r"Mine reads hparam 'mldg_beta'.*HPARAMS = .*'mldg_beta': HParam\(default\)"):
+        hparams["mldg_beta"]
+
+
+@pytest.mark.parametrize("name", ["hparams_for", "pixels", "gradients", "losses"])
+def test_methods_that_are_no_longer_called_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"Mine defines {name}, which is no longer called. Define "):
+        type("Mine", (get_algorithm_class("LoRA"),), {name: lambda self: None})

@@ -5,20 +5,21 @@ import pytest
 from made_records import collected, frame
 from restated import random_sweep, record, restated
 
-from domainbed_hp.model_selection import METHODS, IIDAccuracy, LeaveOneOut, Oracle
+from domainbed_hp.model_selection import GROUP, IIDAccuracy, LeaveOneOut, Oracle, load_selection_methods
 from domainbed_hp.reports import report, text_formats
 
 
 def selected(method, records):
     """group -> (hparams_seed, step, val_acc, test_acc)"""
-    return {tuple(row[:4]): tuple(row[4:]) for row in method.select(frame(records)).itertuples(index=False, name=None)}
+    chosen = method.select(frame(records))[[*GROUP, "hparams_seed", "step", "val_acc", "test_acc"]]
+    return {tuple(row[:4]): tuple(row[4:]) for row in chosen.itertuples(index=False, name=None)}
 
 
 ONE = ("ERM", "PACS", 0, 0)
 
 
 def test_names_are_domainbeds():
-    assert [method.name for method in METHODS] == [
+    assert [method.name for method in load_selection_methods()] == [
         "training-domain validation set",
         "leave-one-domain-out cross-validation",
         "test-domain validation set (oracle)",
@@ -90,7 +91,7 @@ NAMES = ["iid", "leave_one_out", "oracle"]
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize(("method", "name"), [*zip(METHODS, NAMES, strict=True)])
+@pytest.mark.parametrize(("method", "name"), [*zip(load_selection_methods(), NAMES, strict=True)])
 def test_agrees_with_the_rules_restated(method, name, seed):
     records = random_sweep(np.random.default_rng(seed))
     ours = {key: (h, step, test_acc) for key, (h, step, _, test_acc) in selected(method, records).items()}
@@ -108,5 +109,5 @@ def test_no_rule_reads_the_images_that_are_trained_on(seed):
         for r in records
     ]
     assert sum(map(len, fast)) < sum(map(len, records))
-    made, again = (report.make(collected(each)) for each in (records, fast))
-    assert len(made.tables) >= len(METHODS) and text_formats.to_text(again) == text_formats.to_text(made)
+    made, again = (report.make_report(collected(each)) for each in (records, fast))
+    assert len(made.tables) >= 3 and text_formats.to_text(again) == text_formats.to_text(made)

@@ -25,7 +25,7 @@ class Mine(LoRA):
     pass
 
 class Shout(Template):
-    def features_of(self, clip):
+    def compute_features(self, clip):
         return clip.text_features([name.upper() for name in self.class_names])
 """
 

@@ -1,4 +1,4 @@
-"""The contract: a method is `__init__ / update / predict`, as in DomainBed's algorithms.py."""
+"""The contract of an algorithm: `__init__`, `update` and `predict`, as in DomainBed's algorithms.py."""
 
 from __future__ import annotations
 
@@ -11,134 +11,135 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.preprocess import Preprocess
-from domainbed_hp.registry import ALGORITHMS, load
+from domainbed_hp.registry import ALGORITHMS, load, refuse_renamed_methods
 
 Minibatch = tuple[Tensor, Tensor]
-"""One environment's (x, y): x (B, 3, S, S) in [0, 1], not normalised; y (B,) int64."""
+"""(x, y) of one environment: x (B, 3, S, S) in [0, 1], not normalised; y (B,) int64."""
 
 Metrics = Mapping[str, float | Tensor]
-"""What a step logs. Detached tensors of one number stay on their device until a record reads them: no step waits."""
+"""Named numbers that a step logs. A detached tensor of one number stays on its device until a record reads it."""
+
+RENAMED_METHODS = {
+    "hparams_for": "HPARAMS with HParam(..., by_dataset={...})",
+    "pixels": "the class method preprocess(hparams, image_size)",
+    "gradients": "compute_gradients(minibatches)",
+}
+"""Methods that an earlier version called -> their replacement."""
 
 
 class Algorithm(nn.Module):
     """A domain generalization method.
 
-    `num_domains` counts training environments. Subclasses that need class names (CLIP) take them as keyword
-    `class_names`, or read `hparams["class_names"]`.
+    `num_domains` is the number of training environments. An algorithm that needs class names takes them as the
+    keyword `class_names`, or reads `hparams["class_names"]`.
     """
 
     HPARAMS: ClassVar[dict[str, HParam]] = {
         "batch_size": HParam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "images per environment", at_least=1)
     }
     CAPTURABLE: ClassVar[bool] = False
-    """`gradients` does the same work at every step, whatever the step and the images, and changes nothing but gradients
-    and batch norms: no branch on a number, none read back. Then a GPU captures it: Python runs it a few times and never
-    again. Not inherited: a subclass that computes something else says so for itself."""
+    """True where a GPU may record `compute_gradients` as a CUDA graph and replay it: every step does the same work,
+    without a branch on a number, and changes nothing but gradients and batch norms. A subclass does not inherit it."""
     STEPS: ClassVar[int | None] = None
-    """Number of steps that the method needs; None: the data set's. 1 for methods that do not train."""
+    """Number of steps that the method needs. None: the data set's. 1: the method does not train."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__()
         self.hparams = hparams
 
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        """The hparams that this method reads; override where defaults depend on the data set."""
-        return cls.HPARAMS
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_renamed_methods(cls, RENAMED_METHODS)
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
-        """`UsageError` for hparams that do not go together, before anything is built."""
+        """Raise `UsageError` for hparams that do not go together. Called before anything is built."""
 
     @classmethod
     def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
-        """The images that this method wants, known without building it; `image_size` is the data set's own."""
+        """Return how images are made for this method. `image_size` is the data set's own."""
         return Preprocess(image_size)
 
     @classmethod
-    def frozen(cls, hparams: dict[str, Any]) -> bool:
-        """Whether `encode(x)` never changes, and features in place of images pass `update` and `predict`."""
+    def has_frozen_features(cls, hparams: dict[str, Any]) -> bool:
+        """Return whether `encode(x)` never changes, so that `update` and `predict` take features in place of images."""
         return False
 
     @classmethod
-    def protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
-        """Under what terms this method's numbers stand, for every record: plain values, None for what it has not.
+    def describe_protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        """Return the terms that the method's numbers stand under, as plain values for every record.
 
-        `weights` it starts from, `template` of a class, `transductive`: predictions need a whole batch, `source_free`.
+        `weights`: the weights that it starts from. `template`: the prompt of a class. `transductive`: a prediction
+        needs a whole batch. `source_free`: it trains on no images. None where a term does not apply.
         """
         return {"weights": None, "template": None, "transductive": False, "source_free": False}
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:
-        """One training step on one minibatch per training environment; returns what to log."""
+        """Make one training step on one minibatch per training environment. Return numbers to log."""
         raise NotImplementedError(f"{type(self).__name__}.update")
 
-    def gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
-        """Leave on the parameters the gradients of a step; returns its losses, detached. The part of `update` before
-        the optimizer's, where a method has it apart."""
-        raise NotImplementedError(f"{type(self).__name__}.gradients")
+    def compute_gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
+        """Set the gradients of one step and return detached numbers to log. A CUDA graph replays this method."""
+        raise NotImplementedError(f"{type(self).__name__}.compute_gradients")
 
-    def capturable(self) -> bool:
-        """`CAPTURABLE`, where it depends on hparams."""
-        return says_capturable(self)
+    def can_capture(self) -> bool:
+        """Return whether a GPU may record `compute_gradients`, under these hparams."""
+        return declares_capturable(self)
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits (B, C) of images x. Scored in inference mode: what is kept then cannot be trained through later."""
+        """Return logits (B, C) of images x (B, 3, S, S). Scoring calls it in inference mode."""
         raise NotImplementedError(f"{type(self).__name__}.predict")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.predict(x)
 
     def compile_parts(self) -> None:
-        """Compile what a step spends its time in, where a method says what that is; see `networks.compiled`."""
+        """Compile the modules that take most of a step's time; see `networks.compiled`."""
 
-    def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
-        """Numbers worth a column in every record, from validation images of the training environments."""
+    def diagnose(self, minibatches: list[Minibatch]) -> dict[str, Any]:
+        """Return values for every record, from validation images of the training environments (there may be none)."""
         return {}
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changed: parameters that train, and buffers. The rest comes from the pretrained weights."""
+        """Return the parameters that train and the buffers. All others are those of the pretrained weights."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         trained |= {name for name, _ in self.named_buffers()}
         return {name: value.detach() for name, value in self.state_dict().items() if name in trained}
 
     def training_state(self) -> dict[str, Any]:
-        """All that `update` changes, to go on from: trained weights, and the attributes that have a state of their own.
+        """Return everything that `update` changes, so that a stopped run can go on.
 
-        Those are optimizers and their schedules. Override both methods where `update` changes anything else: only
-        tensors and plain values, also in lists and dicts, can be loaded again.
+        It holds the trained weights and the state of every attribute that has one: optimizers and schedules. An
+        algorithm that changes anything else overrides this method and `load_training_state`; only tensors and plain
+        values, also in lists and dicts, can be loaded again.
         """
-        states = {name: value.state_dict() for name, value in self._stateful().items()}
+        states = {name: value.state_dict() for name, value in self._stateful_attributes().items()}
         return {"weights": self.trained_state(), "states": states}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `training_state`, on an algorithm that was built alike."""
+        """Load what `training_state` returned, into an algorithm that was built with the same arguments."""
         self.load_state_dict(state["weights"], strict=False)
-        for name, value in self._stateful().items():
+        for name, value in self._stateful_attributes().items():
             value.load_state_dict(state["states"][name])
 
-    def _stateful(self) -> dict[str, Any]:
+    def _stateful_attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if hasattr(value, "load_state_dict")}
 
 
 def get_algorithm_class(name: str) -> type[Algorithm]:
-    """The class registered as `name`; `UsageError` lists the known names."""
+    """Return the class registered as `name`. `UsageError` lists the known names."""
     algorithm: type[Algorithm] = load(ALGORITHMS, "algorithm", name)
     return algorithm
 
 
-def join(minibatches: list[Minibatch]) -> Minibatch:
-    """All environments' images and labels in one batch."""
-    return torch.cat([x for x, _ in minibatches]), torch.cat([y for _, y in minibatches])
-
-
-def says_capturable(owner: object) -> bool:
-    """`CAPTURABLE` as the class itself has it, its parents aside."""
+def declares_capturable(owner: object) -> bool:
+    """Return `CAPTURABLE` of the object's own class; its parents' values do not count."""
     return bool(vars(type(owner)).get("CAPTURABLE"))
 
 
 @contextlib.contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norms' statistics are afterwards what they were: for passes that are no step."""
+def restore_batch_norms(module: nn.Module) -> Iterator[None]:
+    """Restore the statistics of all batch norms at the end: for passes that are not training steps."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
@@ -149,7 +150,8 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def logged(losses: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:
-    """What `update` returns of its losses; floats in a stock DomainBed checkout, whose loop averages with NumPy."""
-    stock = hparams["input_norm"] == "imagenet"
-    return {name: loss.item() if stock else loss.detach() for name, loss in losses.items()}
+def to_log(statistics: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:
+    """Return detached statistics; in a stock DomainBed checkout as floats, which its loop averages with NumPy."""
+    if hparams["input_norm"] != "imagenet":
+        return {name: value.detach() for name, value in statistics.items()}
+    return {name: value.item() for name, value in statistics.items()}

@@ -9,26 +9,26 @@ from torch import Tensor, nn
 
 from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm
 from domainbed_hp.hparams_registry import HParam, log_uniform
-from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.prompts.base import load_text_side_class
 from domainbed_hp.registry import UsageError
 
 
 class CLIPAdapter(ClipAlgorithm):
-    """The tower is frozen; a small MLP on the image feature f, with a residual: ratio MLP(f) + (1 - ratio) f.
+    """A small MLP on the image feature f of a frozen tower, with a residual: ratio MLP(f) + (1 - ratio) f.
 
-    MLP = Linear(E, E / reduction), ReLU, Linear(E / reduction, E), ReLU, without biases. Its outputs grow with f, so
-    that f's length makes no difference to a cosine. Trainable parameters: 2 E^2 / reduction; ViT-B/16 131,072.
+    MLP = Linear(E, E / reduction), ReLU, Linear(E / reduction, E), ReLU, without biases. It is homogeneous: the length
+    of f makes no difference to a cosine. Trainable parameters: 2 E^2 / reduction; ViT-B/16 131,072.
     """
 
-    # DEVIATION: AdamW with a learning rate of ours, where the release has SGD.
+    # DEVIATION: AdamW with a learning rate of ours, where the release uses SGD.
     CAPTURABLE = True
     HPARAMS = (
         CLIP_HPARAMS
         | ADAMW_HPARAMS
         | {
             "adapter_ratio": HParam(0.2, lambda r: r.uniform(0.1, 0.9), "share of the MLP in the feature", at_least=0),
-            "adapter_reduction": HParam(4, help="how much smaller the MLP's hidden layer is", at_least=1),
-            "lr": HParam(1e-3, log_uniform(10, -4, -2), "AdamW, cosine to 0", at_least=0),
+            "adapter_reduction": HParam(4, help="E over the width of the hidden layer", at_least=1),
+            "lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate: AdamW, cosine to 0", at_least=0),
             "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
         }
     )
@@ -43,9 +43,8 @@ class CLIPAdapter(ClipAlgorithm):
         self.train_with({"params": self.adapter.parameters(), "lr": h["lr"], "weight_decay": h["weight_decay"]})
 
     @classmethod
-    def frozen(cls, hparams: dict[str, Any]) -> bool:
-        """What trains sits behind the features."""
-        return not prompt_class(hparams["prompt"]).REACHES_IN
+    def has_frozen_features(cls, hparams: dict[str, Any]) -> bool:
+        return not load_text_side_class(hparams["prompt"]).CHANGES_TOWER  # the MLP is behind the features
 
     def classify(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         ratio = self.hparams["adapter_ratio"]

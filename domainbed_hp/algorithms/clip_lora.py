@@ -13,20 +13,20 @@ from domainbed_hp.registry import PROMPTS
 class CLIPLoRA(ClipAlgorithm):
     """Low-rank changes alpha / sqrt(r) A B of W_q, W_k and W_v in every layer, with dropout on the input of A.
 
-    Of both towers with prompt=text_lora, the default; of the image tower alone with prompt=template.
+    Both towers are adapted with prompt=text_lora, the default; the image tower alone with prompt=template.
     Trainable parameters: 2 D r a projection; ViT-B/16 110,592, and 73,728 in the text tower.
     """
 
-    # DEVIATION: cosine to 0, the release's ends at 1e-6.
+    # DEVIATION: the cosine schedule ends at 0, the release's at 1e-6.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "prompt": HParam("text_lora", plugins=PROMPTS, help="the text side"),
-        "clip_lora_rank": HParam(2, choice(2, 4, 8), "r", at_least=1),
+        "prompt": HParam("text_lora", plugins=PROMPTS, help="text side"),
+        "clip_lora_rank": HParam(2, choice(2, 4, 8), "rank r", at_least=1),
         "clip_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
-        "clip_lora_dropout": HParam(0.25, help="on the input of A", at_least=0, below=1),
+        "clip_lora_dropout": HParam(0.25, help="dropout on the input of A", at_least=0, below=1),
         "clip_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
-        "lr": HParam(2e-4, log_uniform(10, -5, -3), "AdamW, cosine to 0", at_least=0),
-        "weight_decay": HParam(0.01, log_uniform(10, -6, -2), at_least=0),
+        "lr": HParam(2e-4, log_uniform(10, -5, -3), "learning rate: AdamW, cosine to 0", at_least=0),
+        "weight_decay": HParam(0.01, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

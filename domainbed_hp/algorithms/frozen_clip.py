@@ -4,17 +4,17 @@ from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
 from domainbed_hp.hparams_registry import HParam
-from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.prompts.base import load_text_side_class
 from domainbed_hp.registry import PROMPTS, UsageError
 
 
 class FrozenCLIP(ClipAlgorithm):
-    """Only the text side trains, by cross-entropy. Without augmentation image features are computed once."""
+    """Only the text side trains, by cross-entropy. Without augmentation, images are encoded once for all runs."""
 
-    # DEVIATION: CoOp and its followers crop and flip; augmentation=crop_flip does, and encodes every batch.
+    # DEVIATION: CoOp and its successors crop and flip, as augmentation=crop_flip does; every batch is then encoded.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "prompt": HParam("coop", plugins=PROMPTS, help="the text side"),
+        "prompt": HParam("coop", plugins=PROMPTS, help="text side"),
         "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
     }
     IMAGE_SIDE_TRAINS = False
@@ -22,5 +22,5 @@ class FrozenCLIP(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if not prompt_class(hparams["prompt"]).trains(hparams):
+        if not load_text_side_class(hparams["prompt"]).trains(hparams):
             raise UsageError(f"prompt={hparams['prompt']} has nothing to train on images: use ZeroShotCLIP")

@@ -3,9 +3,10 @@
 Wang & Kang, "Attention Head Purification: A New Perspective to Harness CLIP for Domain Generalization",
 arXiv 2412.07226; Image and Vision Computing 157 (2025) 105511.
 
-1. Task level: head-aware LoRA (HA-LoRA) adapts each head on its own, dW_i = A_i B_i.
-2. Domain level: domain-invariant gating (DIG) weights the heads of a layer, gate = H softmax(logits).
-3. Cross-entropy trains adapters and gates. The MMD between source domains trains the gates alone.
+1. Task level: head-aware LoRA (HA-LoRA) adapts each head by itself, dW_i = A_i B_i (`networks.heads.HeadLoRA`).
+2. Domain level: domain-invariant gating (DIG) weights the heads of a layer, gate = H softmax(logits)
+   (`networks.heads.HeadGate`).
+3. Cross-entropy trains adapters and gates. The MMD between source domains trains the gates alone (`backward`).
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, join
-from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, add_gradients, sizes
-from domainbed_hp.algorithms.lora import LORA_HPARAMS, adapter_shape
+from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, domain_sizes
+from domainbed_hp.algorithms.lora import LORA_HPARAMS, read_adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.compiled import compile_in_training
-from domainbed_hp.networks.mmd import KERNELS, mmd
+from domainbed_hp.networks.mmd import KERNELS, MMD
 from domainbed_hp.networks.vit import Trace
 from domainbed_hp.prompts.base import unit
 from domainbed_hp.registry import UsageError
 
 
 class HeadPurification(ClipAlgorithm):
-    """HA-LoRA on W_q and W_v, a gate for every head, MMD routed to the gates.
+    """HA-LoRA on W_q and W_v, a gate for every head, the gradient of the MMD routed to the gates.
 
     Trainable parameters: H r (D + Dh) a projection and H gates a layer; ViT-B/16 with the defaults 718,848 + 144.
     """
@@ -40,17 +41,19 @@ class HeadPurification(ClipAlgorithm):
         | LORA_HPARAMS
         | {
             "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="how heads are gated"),
-            "gate_keep": HParam(0.75, help="gates=hard: share of the heads of a layer that stay", at_least=0),
+            "gate_keep": HParam(0.75, help="gates=hard: share of the heads of a layer with gate 1", at_least=0),
             "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "learning rate of the gates over lr", at_least=0),
             "gate_shuffle": HParam(False, help="control: shuffle the learned gates of each layer in evaluation"),
-            "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), at_least=0),
-            "mmd_level": HParam("layers", choices=("output", "layers"), help="where the MMD is taken"),
+            "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), "factor of the MMD in the loss", at_least=0),
+            "mmd_level": HParam("layers", choices=("output", "layers"), help="features that the MMD compares"),
             "mmd_reach": HParam(
-                "local", choices=("global", "local"), help="mmd_level=layers: how far its gradient goes"
+                "local",
+                choices=("global", "local"),
+                help="mmd_level=layers: its gradient stays in a layer, or does not",
             ),
-            "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="what the MMD trains"),
-            "mmd_kernel": HParam("multi_gaussian", choices=KERNELS),
-            "strategy": HParam("joint", choices=("joint", "alternate", "two_stage")),
+            "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="parameters that the MMD trains"),
+            "mmd_kernel": HParam("multi_gaussian", choices=KERNELS, help="kernel of the MMD"),
+            "strategy": HParam("joint", choices=("joint", "alternate", "two_stage"), help="what trains at which step"),
         }
     )
 
@@ -59,14 +62,16 @@ class HeadPurification(ClipAlgorithm):
         h = self.hparams
         if h["strategy"] == "two_stage" and "steps" not in h:
             raise UsageError('strategy=two_stage: pass the number of training steps as hparams["steps"]')
+        self.adapters: list[nn.Parameter] = self.tower.add_adapters(*read_adapter_shape(h))
         num_heads = self.tower.blocks[0].attn.num_heads
-        keep = min(num_heads, max(1, round(h["gate_keep"] * num_heads)))
-        self.adapters: list[nn.Parameter] = self.tower.add_adapters(*adapter_shape(h))
-        self.gates: list[nn.Parameter] = self.tower.add_gates(h["gates"], keep)
+        open_heads = min(num_heads, max(1, round(h["gate_keep"] * num_heads)))
+        self.gates: list[nn.Parameter] = self.tower.add_gates(h["gates"], open_heads)
         if h["gate_shuffle"]:
             self.tower.shuffle_gates()
         routes = {"gates": self.gates, "adapters": self.adapters, "both": self.adapters + self.gates}
         self.routed = routes[h["mmd_route"]]
+        self.local = (h["mmd_level"], h["mmd_reach"]) == ("layers", "local")  # the MMD then has a graph of its own
+        self.mmd = MMD(h["mmd_kernel"])
         self.diagnosis_scales: Tensor | None = None
         self.train_with(
             {"params": self.adapters, "lr": h["lr"], "weight_decay": h["weight_decay"]},
@@ -76,99 +81,84 @@ class HeadPurification(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        targets, rank, rank_last = adapter_shape(hparams)
+        targets, rank, rank_last = read_adapter_shape(hparams)
         if hparams["gates"] == "none" and not (targets and rank + rank_last):
             raise UsageError("gates=none without adapters has nothing to train")
         if hparams["gates"] == "none" and hparams["gate_shuffle"]:
             raise UsageError("gate_shuffle needs gates")
 
-    def losses(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
-        """The two losses of the method, as scalars with their graphs: `ce` and `mmd` (unweighted)."""
-        x, y = join(minibatches)
+    def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
+        """Add the gradients of cross-entropy to adapters and gates, and those of the MMD to the gates (`mmd_route`)."""
+        frozen, use_mmd = self.stage()
+        x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
+        sizes = [len(y) for _, y in minibatches]  # images of each domain; their sum is B
+
         trace: list[Trace] = []
-        features = self.encode(x, trace)
-        ce = F.cross_entropy(self.classify(features, sizes(minibatches)), y)
-        return {"ce": ce, "mmd": self.discrepancy(features, trace, sizes(minibatches))[0]}
+        features = self.encode(x, trace)  # (B, E)
+        ce = F.cross_entropy(self.classify(features, sizes), y)
+        mmd, _ = self.mmd(self.domain_features(features, trace), sizes)
 
-    def discrepancy(
-        self, features: Tensor, trace: list[Trace], sizes: list[int], scales: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """MMD between the domains, whose `sizes` split the batch, and its bandwidths; `scales` holds these fixed.
+        # One backward() of the sum would send the MMD's gradient to every parameter. It goes to the routed ones alone.
+        if use_mmd and mmd.requires_grad:
+            (weight * self.hparams["mmd_weight"] * mmd).backward(inputs=self.routed, retain_graph=not self.local)
+        (weight * ce).backward()
+        for parameter in frozen:
+            parameter.grad = None
+        return {"ce": ce, "mmd": mmd}
 
-        At `output` of the unit-norm image feature; at `layers` of every layer's class token, mean over layers.
+    def domain_features(self, features: Tensor, trace: list[Trace]) -> Tensor:
+        """Return what the MMD compares: the unit-norm image feature (B, E), or one feature per layer (L, B, D).
+
+        A layer's feature is its class token after attention is added to the residual stream, layer-normalised: CLIP's
+        residual stream grows with depth, and fixed bandwidths would saturate. With local reach the layer's input is
+        detached, so that a layer's MMD sees the parameters of this layer only.
         """
-        features = self.layer_features(trace) if self.hparams["mmd_level"] == "layers" else unit(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return mmd(features, sizes, self.hparams["mmd_kernel"], scales)
-
-    def layer_features(self, trace: list[Trace]) -> Tensor:
-        """Each layer's class token after the attention output is added, layer-normalised, (layers, B, D).
-
-        Without the normalisation, fixed bandwidths saturate: CLIP's residual stream grows with depth.
-        Local reach cuts each layer off from those below, so that its MMD sees this layer's own parameters only.
-        """
+        if self.hparams["mmd_level"] == "output":
+            return unit(features)
         tokens = []
         for block, layer in zip(self.tower.blocks, trace, strict=True):
-            if self.hparams["mmd_reach"] == "global":
+            if not self.local:
                 tokens.append(layer.attended[:, 0])
                 continue
             before = layer.before.detach()
-            # The adapters sit between that input and the gates: for the gates alone, cut the heads' outputs off too.
-            heads = layer.heads if self.hparams["mmd_route"] == "gates" else block.heads(before, 1)
-            # DEVIATION: gates=hard draws its noise anew here, so that this MMD sees another sample than cross-entropy.
-            tokens.append(block.attend(before[:, :1], heads)[:, 0])
+            # Adapters sit between the layer's input and its gates: for the gates alone, detach the heads' outputs too.
+            heads = layer.heads if self.hparams["mmd_route"] == "gates" else block.compute_heads(before, 1)
+            # DEVIATION: gates=hard draws new noise here, so that this MMD sees another sample than cross-entropy.
+            tokens.append(block.add_attention(before[:, :1], heads)[:, 0])
         z = torch.stack(tokens)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return F.layer_norm(z, z.shape[-1:])
-
-    def backward(self, minibatches: list[Minibatch], share: float) -> dict[str, Tensor]:
-        """Cross-entropy to adapters and gates, MMD to where it is routed (the gates)."""
-        _, use_mmd = self.stage()
-        losses = self.losses(minibatches)
-        mmd = losses["mmd"]
-
-        # The MMD's gradient goes to the routed parameters alone; one backward() of the sum could not do that.
-        if use_mmd and mmd.requires_grad:
-            (share * self.hparams["mmd_weight"] * mmd).backward(inputs=self.routed, retain_graph=not self.local)
-        add_gradients({name: loss for name, loss in losses.items() if name != "mmd"}, share)
-        return losses
-
-    def step(self) -> None:
-        frozen, _ = self.stage()
-        for parameter in frozen:
-            parameter.grad = None
-        super().step()
-
-    def capturable(self) -> bool:
-        return super().capturable() and bool(self.hparams["strategy"] == "joint")
-
-    @property
-    def local(self) -> bool:
-        """Whether the MMD has a graph of its own, apart from cross-entropy's."""
-        return (self.hparams["mmd_level"], self.hparams["mmd_reach"]) == ("layers", "local")
+        return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), z.shape[-1:])
 
     def stage(self) -> tuple[list[nn.Parameter], bool]:
-        """What this step leaves alone, and whether it uses the MMD.
+        """Return the parameters that do not train in this step, and whether the MMD trains.
 
-        joint: nothing. two_stage: in the first half cross-entropy trains the adapters, with the gates at their start;
-        in the second, the adapters stay and both losses train the gates. alternate: these two by turns.
+        joint: both losses train everything. two_stage: in the first half cross-entropy trains the adapters, in the
+        second half both losses train the gates. alternate: the two stages take turns.
         """
-        step, strategy = self.steps_done, self.hparams["strategy"]
         use_mmd = self.hparams["mmd_weight"] > 0 and bool(self.routed)
-        if strategy == "joint":
+        if self.hparams["strategy"] == "joint":
             return [], use_mmd
-        first = step % 2 == 0 if strategy == "alternate" else 2 * step < self.hparams["steps"]
+        step = self.steps_done
+        first = step % 2 == 0 if self.hparams["strategy"] == "alternate" else 2 * step < self.hparams["steps"]
         return (self.gates, False) if first else (self.adapters, use_mmd)
+
+    def can_capture(self) -> bool:
+        return super().can_capture() and bool(self.hparams["strategy"] == "joint")
 
     def compile_parts(self) -> None:
         super().compile_parts()
-        compile_in_training(self, "discrepancy")  # hundreds of small kernels
+        compile_in_training(self, "domain_features")
 
     @torch.no_grad()
-    def diagnose(self, minibatches: list[Minibatch]) -> dict[str, float]:
-        """MMD of the training environments' validation images, at the first call's bandwidths; how far gates moved."""
-        x, _ = join(minibatches)
-        trace: list[Trace] = []
-        features = self.encode(x, trace)
-        value, self.diagnosis_scales = self.discrepancy(features, trace, sizes(minibatches), self.diagnosis_scales)
-        return {"val_mmd": value.item(), "gate_shift": (self.tower.gates() - 1).abs().max().item()}
+    def diagnose(self, minibatches: list[Minibatch]) -> dict[str, Any]:
+        """Return the gates, how far they moved, and the MMD of validation images at the first call's bandwidths."""
+        gates = self.tower.compute_gates()  # (L, H)
+        values: dict[str, Any] = {"gate_shift": (gates - 1).abs().max().item()}
+        if self.gates:
+            values["gates"] = [[round(gate, 6) for gate in layer] for layer in gates.tolist()]
+        if minibatches:
+            trace: list[Trace] = []
+            features = self.encode(torch.cat([x for x, _ in minibatches]), trace)
+            z = self.domain_features(features, trace)
+            mmd, self.diagnosis_scales = self.mmd(z, domain_sizes(minibatches), self.diagnosis_scales)
+            values["val_mmd"] = mmd.item()
+        return values

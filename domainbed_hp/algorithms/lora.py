@@ -8,14 +8,14 @@ from domainbed_hp.networks.heads import check_targets
 from domainbed_hp.registry import UsageError
 
 LORA_HPARAMS = {
-    "lora_rank": HParam(2, help="r in all layers but the last two; 0: no adapters", at_least=0),
-    "lora_rank_last": HParam(8, help="r in the last two layers", at_least=0),
+    "lora_rank": HParam(2, help="rank r in all layers but the last two; 0: no adapters", at_least=0),
+    "lora_rank_last": HParam(8, help="rank r in the last two layers", at_least=0),
     "lora_targets": HParam("qv", help="any of the projections q, k, v, o"),
 }
 
 
 class LoRA(ClipAlgorithm):
-    """dW = A B on W_q and W_v of every layer, A shared by the heads. Scaling 1, no dropout.
+    """dW = A B on W_q and W_v of every layer, with A shared by the heads. Scaling 1, no dropout.
 
     Trainable parameters: 2 D r a projection; ViT-B/16 with the default ranks 110,592.
     """
@@ -25,18 +25,18 @@ class LoRA(ClipAlgorithm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        adapters = self.tower.add_adapters(*adapter_shape(self.hparams), shared=True)
+        adapters = self.tower.add_adapters(*read_adapter_shape(self.hparams), shared=True)
         self.train_with({"params": adapters, "lr": self.hparams["lr"], "weight_decay": self.hparams["weight_decay"]})
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if not all(adapter_shape(hparams)):
+        if not all(read_adapter_shape(hparams)):
             raise UsageError("LoRA without adapters has nothing to train: lora_rank, lora_rank_last and lora_targets")
 
 
-def adapter_shape(hparams: dict[str, Any]) -> tuple[str, int, int]:
-    """(targets, rank, rank in the last two layers); `UsageError` for a target that is none of q, k, v, o."""
+def read_adapter_shape(hparams: dict[str, Any]) -> tuple[str, int, int]:
+    """Return (targets, rank, rank in the last two layers). `UsageError` for a target that is none of q, k, v, o."""
     targets = hparams["lora_targets"]
     check_targets("lora_targets", targets)
     return targets, hparams["lora_rank"], hparams["lora_rank_last"]

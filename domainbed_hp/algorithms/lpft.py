@@ -9,27 +9,28 @@ from typing import Any
 
 from torch import Tensor
 
-from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, trainable
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, unfreeze
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.vit import Trace, VisionTower
-from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.prompts.base import load_text_side_class
 from domainbed_hp.registry import PROMPTS, UsageError
 
 
 class LPFT(ClipAlgorithm):
-    """First the classifier alone trains (linear probing), then all of it together with the image tower.
+    """First the classifier trains alone (linear probing), then the classifier and the image tower (fine-tuning).
 
-    The probe has the text side's own optimizer, fine-tuning one learning rate for both; each anneals over its part.
+    The probe has the text side's own optimizer; fine-tuning has one learning rate for both. Each stage has its own
+    cosine schedule.
     Trainable parameters: the tower and the text side; ViT-B/16 86,192,640 + 513 C.
     """
 
-    # DEVIATION: the release probes to convergence, on features that it keeps; here both share the steps of a run.
+    # DEVIATION: the release probes to convergence, on stored features; here both stages share the steps of a run.
     HPARAMS = (
         CLIP_HPARAMS
         | ADAMW_HPARAMS
         | {
-            "prompt": HParam("random", plugins=PROMPTS, help="the text side; random: a linear probe"),
-            "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "of fine-tuning: AdamW, cosine to 0", at_least=0),
+            "prompt": HParam("random", plugins=PROMPTS, help="text side; random: a linear probe"),
+            "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "learning rate of fine-tuning: AdamW, cosine", at_least=0),
             "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0),
         }
     )
@@ -41,15 +42,15 @@ class LPFT(ClipAlgorithm):
             raise UsageError('LPFT: pass the number of training steps as hparams["steps"]')
         self.probe_steps = int(h["probe_share"] * h["steps"])
         classifier = [p for p in self.text.parameters() if p.requires_grad]
-        self.body = trainable(self.tower.parameters())
+        self.body = unfreeze(self.tower.parameters())
         self.train_with({"params": self.body + classifier, "lr": h["lr"], "weight_decay": h["weight_decay"]})
-        self.schedule = self.cosine(self.optimizer, h["steps"] - self.probe_steps)
-        self.text_schedule = self.cosine(self.text_optimizer, self.probe_steps)
+        self.schedule = self.make_cosine_schedule(self.optimizer, h["steps"] - self.probe_steps)
+        self.text_schedule = self.make_cosine_schedule(self.text_optimizer, self.probe_steps)
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if not prompt_class(hparams["prompt"]).trains(hparams):
+        if not load_text_side_class(hparams["prompt"]).trains(hparams):
             raise UsageError(f"LPFT: prompt={hparams['prompt']} has nothing to probe with: use random, from_text, ...")
         if not hparams["probe_share"] < 1:
             raise UsageError(f"probe_share: got {hparams['probe_share']}, expected less than 1")
@@ -62,7 +63,7 @@ class LPFT(ClipAlgorithm):
         for parameter in self.body:  # a probe's gradient stops at the image features
             parameter.requires_grad_(not self.probing)
         features = super().encode(x, trace, tower)
-        trainable(self.body)
+        unfreeze(self.body)
         return features
 
     def step(self) -> None:

@@ -1,17 +1,17 @@
-"""Zero-shot CLIP (Radford et al., 2021): the text classifier on frozen image features. Nothing trains on images."""
+"""Zero-shot CLIP (Radford et al., 2021): the text classifier on frozen image features."""
 
 from dataclasses import replace
 from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
-from domainbed_hp.prompts.base import prompt_class
+from domainbed_hp.prompts.base import load_text_side_class
 from domainbed_hp.registry import UsageError
 
 
 class ZeroShotCLIP(ClipAlgorithm):
-    """argmax over classes of cos(image feature, text feature).
+    """argmax over classes of cos(image feature, text feature). Nothing trains on images.
 
-    With a text side that trains on text alone (prompt=promptstyler, prompt=duprg) it is that source-free method.
+    With prompt=promptstyler or prompt=duprg, which train on text alone, it is that source-free method.
     """
 
     HPARAMS = CLIP_HPARAMS | {"augmentation": replace(CLIP_HPARAMS["augmentation"], default="none")}
@@ -21,5 +21,5 @@ class ZeroShotCLIP(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if prompt_class(hparams["prompt"]).trains(hparams):
+        if load_text_side_class(hparams["prompt"]).trains(hparams):
             raise UsageError(f"prompt={hparams['prompt']} trains on every step: use FrozenCLIP, not ZeroShotCLIP")

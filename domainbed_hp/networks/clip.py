@@ -1,4 +1,4 @@
-"""CLIP by open_clip: which checkpoint, its image tower on our own attention, its text features, export.
+"""CLIP from open_clip: find a checkpoint, load it, encode prompts, export it.
 
 Preprocessing belongs to the weights: image size, interpolation and normalisation come with them.
 """
@@ -27,9 +27,9 @@ from domainbed_hp.registry import UsageError, unknown_name
 
 LOCAL_DIR = "local-dir:"
 MINI = Path(str(files("domainbed_hp.networks"))) / "mini"
-"""The embedded small CLIP: `clip_model=mini`, `clip_pretrained=shapes`."""
+"""Folder of the small CLIP in the package: `clip_model=mini`, `clip_pretrained=shapes`."""
 
-WHAT_TO_PASS = (
+ADVICE = (
     "Pass clip_pretrained=PATH (a checkpoint file), clip_pretrained=local-dir:FOLDER (open_clip_config.json and "
     "weights), clip_pretrained=random, or the embedded clip_model=mini clip_pretrained=shapes."
 )
@@ -37,12 +37,12 @@ WHAT_TO_PASS = (
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Where a CLIP comes from, known without building it."""
+    """Model and weights of a CLIP, known without building it."""
 
     name: str
-    """What open_clip takes: a model name, or `local-dir:` and a folder."""
+    """Name for open_clip: a model name, or `local-dir:` and a folder."""
     pretrained: str | None
-    """A tag or a checkpoint file; None: the folder's own weights, or none."""
+    """Tag or checkpoint file. None: the weights in the folder, or random ones."""
     random: bool
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
@@ -59,7 +59,7 @@ class ClipSource:
 
 
 def find_clip(model: str, pretrained: str) -> ClipSource:
-    """Resolve `clip_model` and `clip_pretrained`; `UsageError` for what is unknown, missing or cannot be treated.
+    """Resolve `clip_model` and `clip_pretrained`. `UsageError` for unknown, missing or unsupported ones.
 
     `pretrained` is a tag, a checkpoint file, `local-dir:FOLDER` (which brings its own model) or `random`.
     """
@@ -75,7 +75,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     else:
         name = model
         if model not in open_clip.list_models():
-            raise unknown_name("clip_model", model, ["mini", *filter(_treatable, open_clip.list_models())])
+            raise unknown_name("clip_model", model, ["mini", *filter(_is_supported, open_clip.list_models())])
         _check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained in tags:
@@ -98,12 +98,12 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
 
 @dataclass
 class Clip:
-    """A loaded CLIP. Drop it and the text tower goes, unless `text_tower` took it; the image tower is its own."""
+    """A loaded CLIP. Its text tower is freed with it, unless `text_tower` was called; the image tower is not."""
 
     source: ClipSource
     visual: VisionTower
     logit_scale: float
-    """T, the factor of the cosine; 100 for OpenAI's weights."""
+    """Factor T of the cosine; 100 for OpenAI's weights."""
     _model: open_clip.CLIP
 
     @property
@@ -112,11 +112,11 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit-norm text features, (len(prompts), E)."""
+        """Return unit-norm text features (len(prompts), E)."""
         return encode_prompts(self._model, self.source, prompts)
 
     def text_tower(self) -> TextTower:
-        """The text tower, frozen, for prompts that are not plain text; call it once, and `text_features` before."""
+        """Return the text tower, frozen, for prompts with learned vectors. Call it once, after `text_features`."""
         if not isinstance(self._model, open_clip.CLIP):
             raise UsageError(f"{self.source.name}: its text tower is not of CLIP's own kind; use prompt=template")
         return TextTower(self._model, _tokenizer(self.source), self.source.random).requires_grad_(False)
@@ -129,9 +129,9 @@ def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[s
 
 
 def load_clip(model: str, pretrained: str) -> Clip:
-    """Load a CLIP in fp32 on the CPU; every parameter of its image tower has `requires_grad`.
+    """Load a CLIP in fp32 on the CPU. Every parameter of its image tower requires gradients.
 
-    The weights of `random` depend on torch's global generator. No weights advance it.
+    The weights of clip_pretrained=random depend on torch's global generator, which is not advanced.
     """
     source = find_clip(model, pretrained)
     with torch.random.fork_rng(devices=[]):
@@ -165,7 +165,7 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
 
 
 def _create(source: ClipSource) -> open_clip.CLIP:
-    """open_clip's model with the source's weights."""
+    """Return open_clip's model with the source's weights."""
     in_folder = source.pretrained is None and not source.random
     try:
         clip = open_clip.create_model(
@@ -178,7 +178,7 @@ def _create(source: ClipSource) -> open_clip.CLIP:
             open_clip.load_checkpoint(clip, source.pretrained)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"cannot load CLIP {source.name!r} with {source.pretrained or 'its own weights'!r}: {error}\n{WHAT_TO_PASS}"
+            f"cannot load CLIP {source.name!r} with {source.pretrained or 'its own weights'!r}: {error}\n{ADVICE}"
         ) from error
     return clip
 
@@ -197,26 +197,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
         config["model_cfg"]["vision_cfg"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"local-dir:{folder}: cannot read {path.name}: {error!r}. {WHAT_TO_PASS}") from error
+        raise UsageError(f"local-dir:{folder}: cannot read {path.name}: {error!r}. {ADVICE}") from error
     return config
 
 
 def _checkpoint_file(path: str, tags: list[str]) -> str:
     if not Path(path).is_file():
-        raise UsageError(f"clip_pretrained={path!r} is no file and no known tag ({', '.join(tags)}). {WHAT_TO_PASS}")
+        raise UsageError(f"clip_pretrained={path!r} is no file and no known tag ({', '.join(tags)}). {ADVICE}")
     return path
 
 
 def _check_gelu(model: str, tag: str) -> None:
-    """open_clip only warns when a tag was trained with the other GELU; the features would be wrong."""
+    """Raise `UsageError` where a tag was trained with the other GELU: features would be wrong, open_clip only warns."""
     trained = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
     if trained != bool(open_clip.get_model_config(model).get("quick_gelu", False)):
         other = f"{model}-quickgelu" if trained else model.removesuffix("-quickgelu")
         raise UsageError(f"{model!r} and tag {tag!r} differ in their GELU: pass clip_model={other}")
 
 
-def _obstacle(vision: dict[str, Any]) -> str | None:
-    """What keeps the method from a tower's heads, if anything."""
+def _find_obstacle(vision: dict[str, Any]) -> str | None:
+    """Return why the heads of a tower cannot be reached, None if they can."""
     if "timm_model_name" in vision:
         return f"a timm tower ({vision['timm_model_name']})"
     if not isinstance(vision.get("layers", 12), int):
@@ -228,13 +228,13 @@ def _obstacle(vision: dict[str, Any]) -> str | None:
     return None
 
 
-def _treatable(model: str) -> bool:
-    return _obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
+def _is_supported(model: str) -> bool:
+    return _find_obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
 
 
 def _check_tower(name: str, vision: dict[str, Any]) -> None:
-    """Refuse, by name, towers whose heads the method cannot reach."""
-    obstacle = _obstacle(vision)
+    """Raise `UsageError` for towers whose heads cannot be reached."""
+    obstacle = _find_obstacle(vision)
     if obstacle:
         raise UsageError(
             f"{name!r} has {obstacle}; attention heads are reached in open_clip's ViTs with a class token, "

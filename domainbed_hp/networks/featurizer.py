@@ -21,12 +21,12 @@ BACKBONES = (*RESNETS, "clip", "small")
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its last layer, with dropout; `freeze_bn` keeps batch norm in evaluation mode."""
+    """torchvision's ResNet without its last layer, with dropout. `freeze_bn` holds batch norms in evaluation mode."""
 
     def __init__(self, name: str, weights: str, dropout: float, freeze_bn: bool) -> None:
         super().__init__()
         self.normalise = Normalise()
-        self.network = resnet(name, weights)
+        self.network = load_resnet(name, weights)
         self.n_outputs = self.network.fc.in_features
         self.network.fc = nn.Identity()
         self.dropout = nn.Dropout(dropout)
@@ -46,8 +46,8 @@ class ResNet(nn.Module):
         return self
 
 
-def resnet(name: str, weights: str) -> models.ResNet:
-    """torchvision's `name` with weights "imagenet" (IMAGENET1K_V1), "random" or from a file, whose `fc` is not used."""
+def load_resnet(name: str, weights: str) -> models.ResNet:
+    """Return a ResNet with weights "imagenet" (IMAGENET1K_V1), "random", or from a file, whose `fc` is not read."""
     build: Callable[..., models.ResNet] = {"resnet18": models.resnet18, "resnet50": models.resnet50}[name]
     if weights == "random":
         return build()
@@ -74,7 +74,7 @@ def resnet(name: str, weights: str) -> models.ResNet:
 
 
 def read_state(path: str) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file or a file of torch.save; no code in the file is run."""
+    """Return the state dict in a .safetensors file or a file of torch.save. No code in the file is run."""
     if not Path(path).is_file():
         raise UsageError(f"hparam backbone_weights: got {path!r}, expected 'imagenet', 'random' or the path of a file")
     try:
@@ -91,11 +91,9 @@ def read_state(path: str) -> dict[str, Tensor]:
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions with group norm, for images of any side from 16: DomainBed's MNIST_CNN.
+    """Four convolutions with group norm, for images of 16 pixels or more: DomainBed's MNIST_CNN."""
 
     # DEVIATION: all four convolutions halve the side, not the second alone, for images of 64 pixels; x is centred.
-    """
-
     n_outputs = 128
 
     def __init__(self) -> None:
@@ -112,7 +110,7 @@ class SmallCNN(nn.Module):
 
 
 class CLIPTower(nn.Module):
-    """The image tower of a CLIP model, which trains whole."""
+    """The image tower of a CLIP. All of it trains."""
 
     def __init__(self, model: str, pretrained: str) -> None:
         super().__init__()
@@ -127,8 +125,8 @@ class CLIPTower(nn.Module):
         return features
 
 
-def classifier(inputs: int, outputs: int, nonlinear: bool) -> nn.Module:
-    """Linear, or three layers that halve twice: DomainBed's Classifier."""
+def make_classifier(inputs: int, outputs: int, nonlinear: bool) -> nn.Module:
+    """Return DomainBed's Classifier: one linear layer, or three with a half and a quarter of the width."""
     if not nonlinear:
         return nn.Linear(inputs, outputs)
     return nn.Sequential(
@@ -140,7 +138,7 @@ def classifier(inputs: int, outputs: int, nonlinear: bool) -> nn.Module:
     )
 
 
-def featurizer(
+def make_featurizer(
     backbone: str,
     *,
     weights: str = "imagenet",
@@ -149,7 +147,7 @@ def featurizer(
     clip_model: str = "ViT-B-16-quickgelu",
     clip_pretrained: str = "openai",
 ) -> ResNet | SmallCNN | CLIPTower:
-    """The network called `backbone`; options that it has no use for are ignored."""
+    """Return the network called `backbone`. Options of other backbones are ignored."""
     if backbone in RESNETS:
         return ResNet(backbone, weights, dropout, freeze_bn)
     if backbone == "clip":

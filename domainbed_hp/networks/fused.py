@@ -1,4 +1,4 @@
-"""AdamW in one kernel for all parameters."""
+"""AdamW with one kernel for all parameters."""
 
 from typing import Any
 
@@ -7,12 +7,14 @@ from torch.autograd.graph import increment_version
 
 
 def fused_adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
-    """torch's fused AdamW, which writes behind autograd's back: what is kept as long as no weight changes
-    (`TextSide.class_features`) would stay for ever. So each step says that it wrote."""
+    """Return torch's fused AdamW. Its steps do not raise the version of the weights that they change.
+
+    Values cached by that version (`TextSide.class_features`) would never be renewed, so a hook raises it.
+    """
     optimizer = torch.optim.AdamW(parameters, fused=True, **options)
-    optimizer.register_step_post_hook(wrote)
+    optimizer.register_step_post_hook(raise_versions)
     return optimizer
 
 
-def wrote(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     increment_version([parameter for group in optimizer.param_groups for parameter in group["params"]])

@@ -1,8 +1,9 @@
-"""Attention whose heads are adapted one by one (HA-LoRA) and gated one by one.
+"""Attention with an adapter (HA-LoRA) and a gate for every head.
 
 Source: Wang & Kang, "Attention Head Purification", arXiv 2412.07226. Names follow PEFT: `lora_A` is the input side,
-`lora_B` the output side, zero at the start. (The paper calls the input side B; conventional LoRA, it says, shares it.)
-Weights are written in the `x @ W` convention; `nn.Linear` stores the transpose. Adapters are the LoRA matrices only.
+`lora_B` the output side, zero at the start. (The paper calls the input side B, and says that conventional LoRA shares
+it.) Weights are written in the `x @ W` convention; `nn.Linear` stores the transpose. *Adapter* means the LoRA matrices;
+gates are not part of it.
 
 Shapes: B images, N tokens, D width, H heads of size Dh = D / H, r rank.
 """
@@ -21,66 +22,65 @@ GateKind = Literal["none", "softmax", "sigmoid", "hard"]
 
 
 def check_targets(hparam: str, targets: str, least: int = 0) -> None:
-    """`UsageError` for a target that is none of the projections q, k, v, o."""
+    """Raise `UsageError` for a target that is none of the projections q, k, v, o."""
     if len(targets) < least or set(targets) - set("qkvo") or len(set(targets)) != len(targets):
         some = "some" if least else "any"
         raise UsageError(f"{hparam}: got {targets!r}, expected {some} of the letters q, k, v, o, each at most once")
 
 
 class LowRank(nn.Module):
-    """A low-rank change dW = `scale` A B of one projection; `dropout` drops its input."""
+    """A low-rank change dW = `scale` A B of one projection, with `dropout` of its input."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> None:
         super().__init__()
         self.scale, self.dropout = scale, dropout
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (D, R) and B (R, D)."""
-        raise NotImplementedError(f"{type(self).__name__}.factors")
+    def build_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (D, R) and B (R, D)."""
+        raise NotImplementedError(f"{type(self).__name__}.build_factors")
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + x dW, (B, N, D) each, on activations: R columns, then one product that adds to y.
+        """Return y + x dW, all (B, N, D), as x A first and then (x A) B added to y.
 
-        The other way, x (W + dW), costs the gradient of all of W (`benchmarks/forms.py`).
+        The other order, x (W + dW), would need the gradient of all of W.
         """
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        a, b = self.factors()
+        a, b = self.build_factors()
         return torch.addmm(y.flatten(0, 1), x.flatten(0, 1) @ a, b, alpha=self.scale).view(y.shape)
 
-    def delta(self) -> Tensor:
-        """dW, (D, D)."""
-        a, b = self.factors()
+    def delta_weight(self) -> Tensor:
+        """Return dW (D, D)."""
+        a, b = self.build_factors()
         return self.scale * (a @ b)
 
 
-def uniform(width: int, *shape: int) -> Tensor:
-    """Kaiming-uniform (a = sqrt 5) with fan-in `width`."""
+def kaiming_uniform(width: int, *shape: int) -> Tensor:
+    """Return a random tensor, Kaiming-uniform (a = sqrt 5) with fan-in `width`."""
     return torch.empty(*shape).uniform_(-(width**-0.5), width**-0.5)
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
-    """(H, a, b) -> (H a, H b)."""
+    """Return the block-diagonal matrix of H blocks, (H, a, b) -> (H a, H b)."""
     own = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
     return (blocks[:, :, None] * own).flatten(2).flatten(0, 1)  # (H, a, H, b)
 
 
 class HeadLoRA(LowRank):
-    """Low-rank change of W_q, W_k or W_v, head by head: head i's columns get dW_i = A_i B_i.
+    """HA-LoRA of W_q, W_k or W_v: the columns of head i get dW_i = A_i B_i.
 
-    It is a LoRA of rank R = H r whose B is block diagonal, and is computed as one: H small products are slower.
-    `shared` is conventional LoRA: one A for all heads, so what one head learns moves the others; R = r.
-    Parameters: H r (D + Dh); shared 2 D r.
+    It equals a LoRA of rank R = H r with a block-diagonal B and is computed as one, which is faster than H small
+    products. `shared` is conventional LoRA: one A for all heads, R = r. Parameters: H r (D + Dh); shared 2 D r.
     """
 
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        lora_A = uniform(width, 1 if shared else num_heads, width, rank)
+        lora_A = kaiming_uniform(width, 1 if shared else num_heads, width, rank)
         super().__init__(lora_A, torch.zeros(num_heads, rank, width // num_heads), scale, dropout)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def build_factors(self) -> tuple[Tensor, Tensor]:
         a = self.lora_A.transpose(0, 1).flatten(1)
         if len(self.lora_A) == 1:
             return a, self.lora_B.transpose(0, 1).flatten(1)
@@ -88,18 +88,18 @@ class HeadLoRA(LowRank):
 
 
 class OutputHeadLoRA(LowRank):
-    """Low-rank change of W_o, head by head. The blocks lie on the input side: head i feeds Dh rows of W_o.
+    """HA-LoRA of W_o: the Dh rows that head i feeds get A_i B_i, so that A is the block-diagonal factor.
 
-    `shared`: one B for all heads, which is conventional LoRA. Parameters as `HeadLoRA`.
+    `shared` is conventional LoRA: one B for all heads. It has as many parameters as `HeadLoRA`.
     """
 
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        lora_A = uniform(width, num_heads, width // num_heads, rank)
+        lora_A = kaiming_uniform(width, num_heads, width // num_heads, rank)
         super().__init__(lora_A, torch.zeros(1 if shared else num_heads, rank, width), scale, dropout)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def build_factors(self) -> tuple[Tensor, Tensor]:
         b = self.lora_B.flatten(0, 1)
         if len(self.lora_B) == 1:
             return self.lora_A.flatten(0, 1), b
@@ -107,22 +107,23 @@ class OutputHeadLoRA(LowRank):
 
 
 class HeadGate(nn.Module):
-    """One gate a head, from `gate_logits` (H,) that start at zero.
+    """Gates of the heads of one layer, from `gate_logits` (H,) that start at zero.
 
-    softmax: H * softmax(logits); the gates of a layer sum to H, start at 1, and cannot switch a whole layer off.
-    sigmoid: 2 * sigmoid(logits), independent. hard: 1 for the `keep` best heads and 0 for the others, straight-through
-    Gumbel-softmax in training and plain top-k in evaluation; it does not start as the identity.
+    softmax: H * softmax(logits). The gates of a layer sum to H, start at 1, and cannot switch a whole layer off.
+    sigmoid: 2 * sigmoid(logits), independent of each other.
+    hard: 1 for the `open_heads` best heads, 0 for the others: straight-through Gumbel-softmax in training, top-k in
+    evaluation. It does not start as the identity.
     """
 
-    def __init__(self, num_heads: int, kind: GateKind, keep: int) -> None:
+    def __init__(self, num_heads: int, kind: GateKind, open_heads: int) -> None:
         super().__init__()
-        self.kind, self.keep = kind, keep
+        self.kind, self.open_heads = kind, open_heads
         self.gate_logits = nn.Parameter(torch.zeros(num_heads))
         self.register_buffer("shuffle", torch.arange(num_heads), persistent=False)
         self.shuffle: Tensor
 
     def forward(self) -> Tensor:
-        """The gates (H,), in fp32 or better. In evaluation they pass `shuffle`, a control that is the identity."""
+        """Return the gates (H,), in fp32 or better; in evaluation permuted by `shuffle`, by default the identity."""
         logits = self.gate_logits.to(torch.promote_types(self.gate_logits.dtype, torch.float32))
         if self.kind == "softmax":
             gates = len(logits) * logits.softmax(0)
@@ -131,17 +132,17 @@ class HeadGate(nn.Module):
         else:
             if self.training:
                 logits = logits - torch.empty_like(logits).exponential_().log()  # Gumbel noise
-            chosen = torch.zeros_like(logits).index_fill(0, logits.topk(self.keep).indices, 1.0)
-            soft = self.keep * logits.softmax(0)
+            chosen = torch.zeros_like(logits).index_fill(0, logits.topk(self.open_heads).indices, 1.0)
+            soft = self.open_heads * logits.softmax(0)
             gates = chosen + (soft - soft.detach())  # straight-through
         return gates if self.training else gates[self.shuffle]
 
 
 class GatedProjection(torch.autograd.Function):
-    """y = (gates * heads) W_o^T + b, with the gates multiplied into W_o, as `merge` does: D D numbers, not B N D.
+    """y = (gates * heads) W_o^T + b, with the gates multiplied into W_o: D D products in place of B N D.
 
-    heads (B, N, H, Dh), gates (H,), weight (D, D) as nn.Linear stores it -> (B, N, D). Autograd, left to itself, would
-    make the gradient of all of W_o for that of H gates.
+    heads (B, N, H, Dh), gates (H,), weight (D, D) as nn.Linear stores it -> (B, N, D). Autograd alone would compute the
+    gradient of all of W_o to get that of H gates.
     """
 
     @staticmethod
@@ -171,16 +172,16 @@ class GatedProjection(torch.autograd.Function):
 
 
 def gated_weight(weight: Tensor, gates: Tensor) -> Tensor:
-    """W_o (D, D) as nn.Linear stores it, with the columns that read head i times gate i."""
+    """Return W_o (D, D), as nn.Linear stores it, with the columns that read head i multiplied by gate i."""
     gated: Tensor = weight.unflatten(1, (len(gates), -1)) * gates[:, None]
     return gated.flatten(1)
 
 
 class HeadAttention(nn.Module):
-    """Multi-head self-attention that takes over the weights of a pretrained one, under their own names.
+    """Multi-head self-attention on the weights of a pretrained attention, under their own names.
 
-    Accepts whatever has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`: `nn.MultiheadAttention` and
-    open_clip's own `Attention`. Without adapters and gates it computes the same. `causal`: a token sees none behind it.
+    The pretrained module has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`: `nn.MultiheadAttention` or
+    open_clip's `Attention`. Without adapters and gates the result is the same. `causal`: a token sees no later one.
     """
 
     def __init__(self, pretrained: Any, causal: bool = False) -> None:
@@ -195,27 +196,29 @@ class HeadAttention(nn.Module):
         self.gate: HeadGate | None = None
 
     def add_adapters(self, targets: str, rank: int, shared: bool, scale: float = 1.0, dropout: float = 0.0) -> None:
-        """Adapt the projections named in `targets`, any of the letters q, k, v, o; rank 0 adds none."""
+        """Add adapters to the projections in `targets`, any of the letters q, k, v, o. Rank 0 adds none."""
         for target in targets if rank else "":
             kind = OutputHeadLoRA if target == "o" else HeadLoRA
             self.adapters[target] = kind(self.width, self.num_heads, rank, shared, scale=scale, dropout=dropout)
 
-    def add_gate(self, kind: GateKind, keep: int) -> None:
-        """Gate the heads."""
-        self.gate = None if kind == "none" else HeadGate(self.num_heads, kind, keep)
+    def add_gate(self, kind: GateKind, open_heads: int) -> None:
+        """Add a gate for every head."""
+        self.gate = None if kind == "none" else HeadGate(self.num_heads, kind, open_heads)
 
-    def heads(self, x: Tensor, first: int | None = None) -> Tensor:
-        """The heads' outputs before gating, (B, N, D) -> (B, N, H, Dh); `first`: those of the first tokens alone."""
+    def compute_heads(self, x: Tensor, first: int | None = None) -> Tensor:
+        """Return the heads' outputs before gating, (B, N, D) -> (B, N, H, Dh). `first`: number of tokens."""
         if first is None:
-            q, k, v = self.projected("qkv", x)
+            q, k, v = self.project_inputs("qkv", x)
         else:
-            (q,), (k, v) = self.projected("q", x[:, :first]), self.projected("kv", x)
+            (q,), (k, v) = self.project_inputs("q", x[:, :first]), self.project_inputs("kv", x)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, N, Dh)
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
 
-    def projected(self, names: str, x: Tensor) -> list[Tensor]:
-        """The projections `names` of x, neighbours among q, k, v, in one product; (B, N, D) each."""
-        merge = not (self.training or torch.is_grad_enabled())  # where nothing trains, adapters are part of the weights
+    def project_inputs(self, names: str, x: Tensor) -> list[Tensor]:
+        """Return the projections of x (B, N, D) called `names`, neighbours among q, k, v, computed in one product."""
+        merge = not (
+            self.training or torch.is_grad_enabled()
+        )  # where nothing trains, adapters are added to the weights
         start = self.width * "qkv".index(names)
         rows = slice(start, start + self.width * len(names))
         weight = self.merged_in_proj() if merge else self.in_proj_weight
@@ -225,8 +228,8 @@ class HeadAttention(nn.Module):
             for name, y in zip(names, parts, strict=True)
         ]
 
-    def project(self, heads: Tensor) -> Tensor:
-        """Gate the heads, then the output projection, (B, N, H, Dh) -> (B, N, D). Its bias is not gated."""
+    def project_heads(self, heads: Tensor) -> Tensor:
+        """Return the output projection of the gated heads, (B, N, H, Dh) -> (B, N, D). The bias is not gated."""
         if self.gate is None:
             y: Tensor = self.out_proj(heads.flatten(-2))
         else:
@@ -236,24 +239,24 @@ class HeadAttention(nn.Module):
         return self.adapters["o"](heads.flatten(-2), y) if "o" in self.adapters else y
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.heads(x))
+        return self.project_heads(self.compute_heads(x))
 
     def merged_in_proj(self) -> Tensor:
-        """W_q, W_k and W_v with their adapters, (3 D, D) as nn.Linear stores them."""
+        """Return W_q, W_k and W_v with their adapters added, (3 D, D) as nn.Linear stores them."""
         if not set("qkv") & set(self.adapters):
             return self.in_proj_weight
         merged = self.in_proj_weight.clone()
         for name, rows in zip("qkv", merged.chunk(3), strict=True):
             if name in self.adapters:
-                rows += cast(LowRank, self.adapters[name]).delta().T
+                rows += cast(LowRank, self.adapters[name]).delta_weight().T
         return merged
 
     @torch.no_grad()
     def merge(self) -> dict[str, Tensor]:
-        """Plain weights that compute the same: dW goes into W, the gate of head i into the rows of W_o that read it."""
+        """Return weights that compute the same: W + dW, and W_o with gate i in the rows that read head i."""
         out_proj = self.out_proj.weight.clone()  # stored transposed: the rows of W_o are columns here
         if "o" in self.adapters:
-            out_proj += cast(LowRank, self.adapters["o"]).delta().T
+            out_proj += cast(LowRank, self.adapters["o"]).delta_weight().T
         if self.gate is not None:
             out_proj = gated_weight(out_proj, self.gate()).to(out_proj.dtype)
         return {

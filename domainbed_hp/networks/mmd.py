@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Kernel = Literal["multi_gaussian", "domainbed", "median"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
@@ -17,18 +17,49 @@ RATES = {
     "median": [1.0],
     "domainbed": [10.0**j for j in range(-3, 4)],
 }
+"""Factors gamma of a kernel, which is the sum of exp(-gamma d2 / s)."""
+
+
+class MMD(nn.Module):
+    """Squared MMD between the domains of a batch, mean over all pairs of domains.
+
+    k(a, b) is a sum of Gaussians exp(-gamma |a - b|^2 / s). multi_gaussian: gamma = 2^-2 .. 2^2, s the mean squared
+    distance. median: gamma = 1, s the median squared distance. domainbed: the seven fixed gammas of DomainBed's
+    AbstractMMD, s = 1.
+    """
+
+    def __init__(self, kernel: Kernel = "multi_gaussian") -> None:
+        super().__init__()
+        self.kernel: Kernel = kernel
+
+    def forward(self, z: Tensor, sizes: Sequence[int], scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the MMD of features z (..., n, D), split into domains of `sizes`, and its bandwidths (..., P).
+
+        MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y), diagonals included (biased, at least 0). It is computed
+        as c^T k c with the contrast c of a pair, for leading axes (layers) and all P pairs in one product. `scales`
+        are bandwidths to use in place of the batch's own. With one domain the MMD is exactly 0.
+        """
+        if len(sizes) < 2:
+            return z.new_zeros(()), z.new_zeros(0)
+        with torch.autocast(z.device.type, enabled=False):
+            d2 = squared_distances(z)  # (..., n, n)
+            c, distinct = pair_contrasts(tuple(sizes), z.detach())  # (P, n), (P, n, n)
+            s = bandwidths(d2, distinct, self.kernel) if scales is None else scales  # (..., P)
+            u = d2[..., None, :, :] / s[..., None, None]  # (..., P, n, n)
+            k = torch.stack([-rate * u for rate in RATES[self.kernel]]).exp().sum(0)
+            return (k * (c[:, :, None] * c[:, None, :])).sum((-2, -1)).mean(), s
 
 
 def squared_distances(z: Tensor) -> Tensor:
-    """|z_i - z_j|^2, (..., n, D) -> (..., n, n). Centred first, which changes no distance and cancels less."""
+    """Return |z_i - z_j|^2, (..., n, D) -> (..., n, n). Centred first, which changes no distance and cancels less."""
     z = z - z.mean(-2, keepdim=True)
     norms = z.square().sum(-1)
     return (norms[..., :, None] + norms[..., None, :] - 2 * z @ z.transpose(-1, -2)).clamp_min(0)
 
 
 @cache
-@torch.inference_mode(False)  # kept for training, whoever asks first
-def _pairs(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+@torch.inference_mode(False)  # cached tensors take part in training, even if evaluation asked first
+def _pair_contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     a, b = torch.tensor(list(combinations(range(len(sizes)), 2))).T
     means = torch.block_diag(*(torch.full((1, n), 1 / n, dtype=dtype) for n in sizes))
     contrasts = means[a] - means[b]
@@ -38,16 +69,19 @@ def _pairs(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 @torch.compiler.assume_constant_result
-def pairs(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of the P pairs of domains (a, b), as z is typed and placed: contrasts (P, n), 1 / n_a for a's features,
-    -1 / n_b for b's and 0 else; and (P, n, n), 1 for the distinct pairs of their pooled features and 0 else."""
-    return _pairs(sizes, z.dtype, z.device)
+def pair_contrasts(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the contrasts (P, n) of the P pairs of domains, and their distinct pairs of features (P, n, n).
+
+    The contrast of (a, b) is 1 / n_a at a's features, -1 / n_b at b's and 0 elsewhere. Distinct pairs are 1, others 0.
+    Both have the type and the device of z.
+    """
+    return _pair_contrasts(sizes, z.dtype, z.device)
 
 
 def bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
-    """The scale s of the kernel for each pair of domains, from squared distances (..., n, n) -> (..., P), detached.
+    """Return the scale s of the kernel for each pair of domains, detached: squared distances (..., n, n) -> (..., P).
 
-    `distinct` (P, n, n) says which distances count. multi_gaussian: their mean. median: their median. domainbed: 1.
+    `distinct` (P, n, n) selects a pair's distances. multi_gaussian: their mean. median: their median. domainbed: 1.
     """
     d2 = d2.detach()
     if kernel == "domainbed":
@@ -56,32 +90,4 @@ def bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
         s = torch.where(distinct > 0, d2[..., None, :, :], torch.nan).flatten(-2).nanmedian(-1).values
     else:
         s = (d2.flatten(-2) @ distinct.flatten(1).T) / distinct.sum((1, 2))
-    return s.clamp_min(torch.finfo(s.dtype).tiny)  # all features equal: any scale will do
-
-
-def gram(d2: Tensor, s: Tensor, kernel: Kernel) -> Tensor:
-    """The kernel matrices of squared distances (..., n, n) at P scales s (..., P), (..., P, n, n).
-
-    multi_gaussian: sum over j = -2..2 of exp(-d2 / (2^j s)). median: exp(-d2 / s).
-    domainbed: sum over seven fixed gammas of exp(-gamma d2), as DomainBed's AbstractMMD.
-    """
-    u = d2[..., None, :, :] / s[..., None, None]
-    return torch.stack([-rate * u for rate in RATES[kernel]]).exp().sum(0)
-
-
-def mmd(
-    z: Tensor, sizes: Sequence[int], kernel: Kernel = "multi_gaussian", scales: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Squared MMD between each two of the domains whose `sizes` split the features z (..., n, D); mean over all.
-
-    mean k(x, x') + mean k(y, y') - 2 mean k(x, y), diagonals included: biased, at least 0. Leading axes (layers) and
-    pairs are computed in one product, c^T k c with the pair's contrast c.
-    Returns it and the bandwidths (..., P), to pass back as `scales`. With one domain it is exactly 0.
-    """
-    if len(sizes) < 2:
-        return z.new_zeros(()), z.new_zeros(0)
-    d2 = squared_distances(z)
-    c, distinct = pairs(tuple(sizes), z.detach())
-    s = bandwidths(d2, distinct, kernel) if scales is None else scales
-    values = (gram(d2, s, kernel) * (c[:, :, None] * c[:, None, :])).sum((-2, -1))  # (..., P)
-    return values.mean(), s
+    return s.clamp_min(torch.finfo(s.dtype).tiny)  # where all features are equal any scale will do

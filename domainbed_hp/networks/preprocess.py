@@ -23,7 +23,7 @@ class Preprocess(NamedTuple):
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel."""
+    """Normalisation (x - mean) / std per channel."""
 
     mean: Tensor
     std: Tensor
@@ -37,4 +37,5 @@ class Normalise(nn.Module):
         return torch.addcmul(-self.mean / self.std, x, 1 / self.std)  # one pass
 
     def undo(self, x: Tensor) -> Tensor:
+        """Return the images whose normalisation is x."""
         return x * self.std + self.mean

@@ -1,4 +1,4 @@
-"""CLIP's text tower on our own blocks, fed with tokens or with vectors in their place: what prompt learning needs."""
+"""CLIP's text tower with `HeadAttention`. It reads tokens, or vectors in their place, as prompt learning needs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from domainbed_hp.registry import UsageError
 
 
 class TextTower(nn.Module):
-    """Sequences of embeddings -> text features; parameter names are open_clip's.
+    """Sequences of embeddings -> text features. Parameter names are open_clip's.
 
     Shapes: n sequences of L tokens, width W, features E.
     """
 
     def __init__(self, pretrained: Any, tokenizer: Any, random: bool = False) -> None:
         super().__init__()
-        self.random = random  # weights that nothing on disk gives back
+        self.random = random  # random weights cannot be loaded again
         pool = getattr(pretrained, "text_pool_type", None)
         if pool not in ("argmax", "eos") or pretrained.attn_mask is None or not hasattr(tokenizer, "eot_token_id"):
             raise UsageError(
@@ -46,19 +46,19 @@ class TextTower(nn.Module):
     def context_length(self) -> int:
         return int(self.positional_embedding.shape[0])
 
-    def tokens(self, text: str) -> Tensor:
-        """Token numbers of a piece of text, without start and end."""
+    def tokenize(self, text: str) -> Tensor:
+        """Return the token numbers of a text, without start and end."""
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.int64)
 
     def embed(self, text: str) -> Tensor:
-        """The embeddings of a piece of text (L, W), without start and end, detached."""
-        embedded: Tensor = self.token_embedding(self.tokens(text).to(self.positional_embedding.device))
+        """Return the embeddings (L, W) of a text, without start and end, detached."""
+        embedded: Tensor = self.token_embedding(self.tokenize(text).to(self.positional_embedding.device))
         return embedded.detach()
 
     def forward(self, embedded: Tensor, ends: Tensor, deep: Sequence[Tensor] = (), at: int = 1) -> Tensor:
-        """Embeddings (..., L, W), end-of-text tokens at `ends` (...) -> text features (..., E), not unit-norm.
+        """Return text features (..., E), not unit-norm, of embeddings (..., L, W) whose end tokens are at `ends` (...).
 
-        `deep`: vectors (n, W) that replace the tokens `at`, `at` + 1, ... before the second layer, the third, ...
+        `deep`: one tensor (n, W) for each layer from the second on; it replaces the tokens from `at`.
         """
         *many, length, width = embedded.shape
         x = embedded.reshape(-1, length, width) + self.positional_embedding[:length]
@@ -68,7 +68,7 @@ class TextTower(nn.Module):
                 x = torch.cat([x[:, :at], new, x[:, at + new.shape[1] :]], dim=1)
             x, *_ = block(x)
         x = x[torch.arange(len(x), device=x.device), ends.expand(many).reshape(-1)]
-        x = self.ln_final(x)  # a token's own
+        x = self.ln_final(x)
         if isinstance(self.text_projection, nn.Linear):
             x = self.text_projection(x)
         elif self.text_projection is not None:
@@ -79,13 +79,13 @@ class TextTower(nn.Module):
     def add_adapters(
         self, targets: str, rank: int, shared: bool = False, scale: float = 1.0, dropout: float = 0.0
     ) -> list[nn.Parameter]:
-        """HA-LoRA (or LoRA, `shared`) in every layer; returns the new parameters."""
+        """Add HA-LoRA (or LoRA, `shared`) to every layer. Return the new parameters."""
         for block in self.blocks:
             block.attn.add_adapters(targets, rank, shared, scale, dropout)
         return [p for block in self.blocks for p in block.attn.adapters.parameters()]
 
     def merge(self) -> dict[str, Tensor]:
-        """A plain state dict with open_clip's own names: adapters are folded into it."""
+        """Return a state dict with open_clip's names, adapters folded into the weights."""
         state = {k: v.clone() for k, v in self.state_dict().items() if ".adapters." not in k}
         for i, block in enumerate(self.blocks):
             state |= {f"transformer.resblocks.{i}.attn.{k}": v for k, v in block.attn.merge().items()}
@@ -93,17 +93,17 @@ class TextTower(nn.Module):
 
 
 class Sentences(nn.Module):
-    """Embedded sentences with a gap for vectors: start, `before`, the gap, `after` (one each), end.
+    """Embedded sentences with a gap for vectors: start, `before`, the gap, one text of `after`, end.
 
-    Cut at the longest, since no token sees those behind it. Shapes: C sentences, the gap holds n vectors.
+    They end at the longest: a token sees no later one. Shapes: C sentences, n vectors in the gap.
     """
 
     def __init__(self, tower: TextTower, before: str, gap: int, after: Sequence[str]) -> None:
         super().__init__()
         start, end = ([token] for token in (tower.tokenizer.sot_token_id, tower.tokenizer.eot_token_id))
         embedding = tower.token_embedding.weight.detach()
-        head = torch.cat([torch.tensor(start), tower.tokens(before)])
-        tails = [torch.cat([tower.tokens(text), torch.tensor(end)]) for text in after]
+        head = torch.cat([torch.tensor(start), tower.tokenize(before)])
+        tails = [torch.cat([tower.tokenize(text), torch.tensor(end)]) for text in after]
         self.gap, self.at = gap, len(head)
         longest = self.at + gap + max(map(len, tails))
         if longest > tower.context_length:
@@ -123,7 +123,7 @@ class Sentences(nn.Module):
         self.ends: Tensor
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(..., C or 1, n, W) in the gap -> embedded sentences (..., C, L, W); `ends` says where they end."""
+        """Return sentences (..., C, L, W) with vectors (..., C or 1, n, W) in the gap. They end at `ends` (C,)."""
         *many, _, _, width = vectors.shape
         vectors = vectors.expand(*many, len(self.tails), self.gap, width)
         head, tails = self.head.expand(*many, len(self.tails), -1, -1), self.tails.expand(*many, -1, -1, -1)

@@ -1,5 +1,5 @@
-"""Text sides: class names to a classifier of image features. One is one file and one line of `registry.PROMPTS`."""
+"""Text sides: class names -> a classifier of image features. A text side is a file and a line of `registry.PROMPTS`."""
 
-from domainbed_hp.prompts.base import TextSide, text_side
+from domainbed_hp.prompts.base import TextSide, make_text_side
 
-__all__ = ["TextSide", "text_side"]
+__all__ = ["TextSide", "make_text_side"]

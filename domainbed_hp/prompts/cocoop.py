@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, class_prompts, sgd
+from domainbed_hp.prompts.base import TextSide, class_prompts, make_sgd
 from domainbed_hp.prompts.coop import PROMPT_HPARAMS
-from domainbed_hp.prompts.per_image import encode_each
+from domainbed_hp.prompts.per_image import encode_prompts
 from domainbed_hp.registry import UsageError
 
 
@@ -21,14 +21,14 @@ class CoCoOp(TextSide):
     """The prompt of a class is [V_1 + m(x)] ... [V_M + m(x)] name.: a small net m shifts CoOp's vectors by the image.
 
     The vectors start as the words `prompt_init`; m is Linear(E, E / 16), ReLU, Linear(E / 16, W) on the unit-norm image
-    feature. Every image asks for C sentences of its own: slow with many classes.
+    feature. Every image needs C sentences of its own, which is slow with many classes.
     Trainable parameters: M W + E (E / 16) + E / 16 + (E / 16) W + W; ViT-B/16 with 4 vectors 35,360.
     """
 
-    # DEVIATION: no epoch of constant learning rate before the cosine, and the batches of the image side; theirs hold
-    # one image, for memory.
+    # DEVIATION: no epoch of constant learning rate before the cosine; batches are those of the image side, where
+    # CoCoOp's hold one image to save memory.
     HPARAMS = PROMPT_HPARAMS | {
-        "prompt_init": HParam("a photo of a", help="words that the vectors start as, one a token")
+        "prompt_init": HParam("a photo of a", help="words that the vectors start as, one vector a token")
     }
     PER_IMAGE = True
 
@@ -43,10 +43,10 @@ class CoCoOp(TextSide):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         if not hparams["prompt_init"].strip():
-            raise UsageError("prompt_init is empty, expected words such as 'a photo of a': one vector a token")
+            raise UsageError("prompt_init is empty, expected words such as 'a photo of a': a vector per token")
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        return encode_each(self.tower, self.sentences, self.context + self.meta_net(images)[:, None])
+        return encode_prompts(self.tower, self.sentences, self.context + self.meta_net(images)[:, None])
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return sgd([self.context, *self.meta_net.parameters()], self.hparams)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_sgd([self.context, *self.meta_net.parameters()], self.hparams)

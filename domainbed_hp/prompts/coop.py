@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, class_prompts, sgd, unit
+from domainbed_hp.prompts.base import TextSide, class_prompts, make_sgd, unit
 
 PROMPT_HPARAMS = {
-    "prompt_lr": HParam(2e-3, log_uniform(10, -4, -2), "of the text side: SGD, momentum 0.9, cosine to 0", at_least=0),
-    "prompt_weight_decay": HParam(5e-4, log_uniform(10, -6, -2), at_least=0),
+    "prompt_lr": HParam(2e-3, log_uniform(10, -4, -2), "learning rate: SGD, momentum 0.9, cosine to 0", at_least=0),
+    "prompt_weight_decay": HParam(5e-4, log_uniform(10, -6, -2), "weight decay of the text side", at_least=0),
 }
 
 
@@ -27,7 +27,9 @@ class CoOp(TextSide):
 
     # DEVIATION: no epoch of constant learning rate before the cosine.
     CAPTURABLE = True
-    HPARAMS = PROMPT_HPARAMS | {"prompt_tokens": HParam(16, choice(4, 8, 16), "M", at_least=1)}
+    HPARAMS = PROMPT_HPARAMS | {
+        "prompt_tokens": HParam(16, choice(4, 8, 16), "M, vectors before the class name", at_least=1)
+    }
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
@@ -39,5 +41,5 @@ class CoOp(TextSide):
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         return unit(self.tower(self.sentences(self.context[None]), self.sentences.ends))
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return sgd([self.context], self.hparams)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_sgd([self.context], self.hparams)

@@ -13,30 +13,30 @@ from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.prompts.base import TextSide, class_prompts
-from domainbed_hp.prompts.per_image import encode_each
+from domainbed_hp.prompts.per_image import encode_prompts
 
 
 class DPL(TextSide):
-    """The prompt of a class is [p_1] ... [p_M] name., p the mean over a domain's images of MLP(image feature).
+    """The prompt of a class is [p_1] ... [p_M] name., p the mean of MLP(image feature) over the images of a domain.
 
-    In training each source domain has its own p. In evaluation each image has, as a domain of one.
+    In training every source domain has its own p. In evaluation every image has its own.
     Trainable parameters, with a hidden width h: (E h + h) + (h^2 + h) + (h M W + M W); ViT-B/16 4,727,808.
     """
 
-    # DEVIATION: theirs evaluates with the mean over the test batch, so that a prediction depends on the other images
+    # DEVIATION: the paper evaluates with the mean over the test batch, so that a prediction depends on the other images
     # (dpl_transductive=true). The release trains with all K C text features and labels 0 to C - 1, so that only the
-    # first domain's are ever right (dpl_released_labels=true), and at a constant learning rate; its MLP reads image
-    # features of their own length, ours of the one length dpl_scale.
+    # first domain's features are ever right (dpl_released_labels=true), and at a constant learning rate. Its MLP reads
+    # image features of their own length, ours reads features of the one length dpl_scale.
     HPARAMS = {
-        "prompt_tokens": HParam(16, choice(2, 4, 8, 16), "M", at_least=1),
-        "prompt_lr": HParam(1e-3, log_uniform(10, -4.5, -2.5), "of the MLP: SGD, cosine to 0", at_least=0),
-        "prompt_weight_decay": HParam(0.0, help="of the MLP", at_least=0),
-        "dpl_momentum": HParam(0.1, choice(0.0, 0.1, 0.2), "of its SGD", at_least=0),
+        "prompt_tokens": HParam(16, choice(2, 4, 8, 16), "M, vectors before the class name", at_least=1),
+        "prompt_lr": HParam(1e-3, log_uniform(10, -4.5, -2.5), "learning rate: SGD, cosine to 0", at_least=0),
+        "prompt_weight_decay": HParam(0.0, help="weight decay of the MLP", at_least=0),
+        "dpl_momentum": HParam(0.1, choice(0.0, 0.1, 0.2), "momentum of its SGD", at_least=0),
         "dpl_width": HParam(512, choice(256, 512), "hidden width of the MLP", at_least=1),
-        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "in its two hidden layers", at_least=0, below=1),
-        "dpl_scale": HParam(10.0, help="length of the image features it reads; CLIP's own are about 10", at_least=0),
-        "dpl_transductive": HParam(False, help="evaluation: one prompt, the mean over the batch, as released"),
-        "dpl_released_labels": HParam(False, help="training: K C text features, labels 0 to C - 1, as released"),
+        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "dropout in its two hidden layers", at_least=0, below=1),
+        "dpl_scale": HParam(10.0, help="length of the MLP's input; CLIP's image features have about 10", at_least=0),
+        "dpl_transductive": HParam(False, help="in evaluation use one prompt, the mean over the batch, as the release"),
+        "dpl_released_labels": HParam(False, help="train with K C text features and labels 0 to C - 1, as the release"),
     }
     PER_IMAGE = True
 
@@ -61,22 +61,22 @@ class DPL(TextSide):
                 nn.init.constant_(layer.bias, 0.01)
 
     @classmethod
-    def transductive(cls, hparams: dict[str, Any]) -> bool:
+    def is_transductive(cls, hparams: dict[str, Any]) -> bool:
         return bool(hparams["dpl_transductive"])
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         prompts = self.mlp(self.hparams["dpl_scale"] * images)  # (B, M, W)
         if sizes is None and not self.hparams["dpl_transductive"]:
-            return encode_each(self.tower, self.sentences, prompts)
+            return encode_prompts(self.tower, self.sentences, prompts)
         domains = torch.stack([domain.mean(0) for domain in prompts.split(list(sizes or [len(images)]))])  # (K, M, W)
-        text = encode_each(self.tower, self.sentences, domains)  # (K, C, E)
+        text = encode_prompts(self.tower, self.sentences, domains)  # (K, C, E)
         if sizes is None or self.hparams["dpl_released_labels"]:
             return text.flatten(0, 1)
         return text.repeat_interleave(
             torch.tensor(sizes).to(text.device, non_blocking=True), dim=0, output_size=len(images)
         )
 
-    def optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         h = self.hparams
         return torch.optim.SGD(
             self.mlp.parameters(), h["prompt_lr"], momentum=h["dpl_momentum"], weight_decay=h["prompt_weight_decay"]

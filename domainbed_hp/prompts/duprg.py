@@ -16,11 +16,11 @@ from domainbed_hp.prompts.text_only import TextOnly
 
 DOMAINS = ["photo", "art", "cartoon", "sketch", "clipart", "infograph", "painting", "quickdraw", "real", "product"]
 PROMPTS = ["a photo of a {}", *(f"a {domain} photo of a {{}}" for domain in DOMAINS)]
-"""The bank of domains named "Combined"."""
+"""Prompts of the bank of domains that the paper names "Combined"."""
 
 
 class AutoEncoder(nn.Sequential):
-    """E -> 512 -> 512 -> 256 -> 512 -> 512 -> E with ReLU, none at the 256; unit-norm output.
+    """Auto-encoder E -> 512 -> 512 -> 256 -> 512 -> 512 -> E with ReLU, none at the 256, and unit-norm output.
 
     Trainable parameters: 1,025 E + 788,736; ViT-B/16 1,313,536.
     """
@@ -35,23 +35,22 @@ class AutoEncoder(nn.Sequential):
 
 
 class DUPRG(TextOnly):
-    """An auto-encoder drops the domain from text features of prompts "a {domain} photo of a {class}".
+    """An auto-encoder removes the domain from text features of prompts "a {domain} photo of a {class}".
 
     L = -cos(input, output) - a <output, mean of its class's outputs> + b cos(outputs of two classes, same domain).
-    The feature of a class is the mean of its outputs over the 11 domains. Nothing of it trains on images.
+    The feature of a class is the mean of its outputs over the 11 domains. Nothing trains on images.
     """
 
-    # DEVIATION: the release keeps the underscores of class names, and the length of the mean of the outputs.
+    # DEVIATION: the release does not replace the underscores of class names, nor normalise the mean of the outputs.
     # DEVIATION: it scores the test images after every epoch and reports the best, an oracle. Ours is the last epoch.
-    # With duprg_per_step, records at checkpoints show other epochs, under the cosine schedule that every text side
-    # has; still no selection rule of ours looks at test accuracy to pick one.
+    # With duprg_per_step, records show other epochs, under the cosine schedule of every text side.
     HPARAMS = {
-        "duprg_lr": HParam(0.04, log_uniform(10, -3, -1), "AdamW, constant", at_least=0),
-        "duprg_weight_decay": HParam(1e-4, log_uniform(10, -6, -2), at_least=0),
-        "duprg_epochs": HParam(2000, help="each of one step on all prompts", at_least=0),
-        "duprg_intra": HParam(0.5, log_uniform(10, -1.5, 0.5), "pulls the domains of a class together", at_least=0),
-        "duprg_inter": HParam(0.05, log_uniform(10, -2, 0), "pushes classes apart", at_least=0),
-        "duprg_per_step": HParam(False, help="an epoch with each training step, not all before the first"),
+        "duprg_lr": HParam(0.04, log_uniform(10, -3, -1), "learning rate of AdamW, constant", at_least=0),
+        "duprg_weight_decay": HParam(1e-4, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
+        "duprg_epochs": HParam(2000, help="epochs, one step on all prompts each", at_least=0),
+        "duprg_intra": HParam(0.5, log_uniform(10, -1.5, 0.5), "a, pulls the domains of a class together", at_least=0),
+        "duprg_inter": HParam(0.05, log_uniform(10, -2, 0), "b, pushes classes apart", at_least=0),
+        "duprg_per_step": HParam(False, help="train one epoch at each training step, not all before the first step"),
     }
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
@@ -66,28 +65,29 @@ class DUPRG(TextOnly):
     def trains(cls, hparams: dict[str, Any]) -> bool:
         return bool(hparams["duprg_per_step"])
 
-    def loss(self, outputs: Tensor) -> Tensor:
-        """Of unit-norm outputs (C, 11, E) for the bank."""
+    def compute_loss(self, outputs: Tensor) -> Tensor:
+        """Return L of unit-norm outputs (C, 11, E) for the bank."""
         reconstruction = -(self.bank * outputs).sum(-1).mean()
         intra = -(outputs * outputs.mean(1, keepdim=True)).sum(-1).mean()
         cosines = torch.einsum("cde,kde->dck", outputs, outputs)
         count = len(outputs)
-        # All but the diagonal, which heads each row of C + 1 but the last; to index by a mask waits for the device.
+        # All but the diagonal: cut into rows of C + 1, the matrix has it in the first column. A mask would wait for the
+        # device.
         others = cosines.flatten(1)[:, :-1].unflatten(1, (count - 1, count + 1))[..., 1:] if count > 1 else None
         inter = 0.0 if others is None else others.mean()
         loss: Tensor = reconstruction + self.hparams["duprg_intra"] * intra + self.hparams["duprg_inter"] * inter
         return loss
 
-    def adamw(self, autoencoder: AutoEncoder) -> torch.optim.Optimizer:
+    def make_adamw(self, autoencoder: AutoEncoder) -> torch.optim.Optimizer:
         h = self.hparams
         return torch.optim.AdamW(autoencoder.parameters(), h["duprg_lr"], weight_decay=h["duprg_weight_decay"])
 
     def fit(self) -> Tensor:
         autoencoder = AutoEncoder(self.bank.shape[-1]).to(self.bank)
-        optimizer = self.adamw(autoencoder)
+        optimizer = self.make_adamw(autoencoder)
         for _ in tqdm(range(self.hparams["duprg_epochs"]), "DUPRG", disable=None, unit="epoch"):
             optimizer.zero_grad()
-            self.loss(autoencoder(self.bank)).backward()
+            self.compute_loss(autoencoder(self.bank)).backward()
             optimizer.step()
         features: Tensor = autoencoder(self.bank).mean(1)
         return features
@@ -98,11 +98,14 @@ class DUPRG(TextOnly):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # images do not train it
             return unit(self.autoencoder(self.bank).mean(1))
 
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        return None if self.autoencoder is None else self.adamw(self.autoencoder)
+    def make_optimizer(self) -> torch.optim.Optimizer | None:
+        return None if self.autoencoder is None else self.make_adamw(self.autoencoder)
 
-    def losses(self) -> dict[str, Tensor]:
+    def backward(self) -> dict[str, Tensor]:
         if self.autoencoder is None:
             return {}
         with torch.autocast(self.bank.device.type, enabled=False):
-            return {"duprg": self.loss(self.autoencoder(self.bank))}
+            loss = self.compute_loss(self.autoencoder(self.bank))
+        if loss.requires_grad:
+            loss.backward()
+        return {"duprg": loss.detach()}

@@ -1,4 +1,4 @@
-"""Fixed prompts, zero-shot CLIP's (Radford et al., 2021): one template, or the mean over many."""
+"""The fixed prompts of zero-shot CLIP (Radford et al., 2021): one template, or the mean over many."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts,
 
 
 class Template(TextSide):
-    """One prompt a class, `template` with its name."""
+    """One prompt per class: `template` with the class name."""
 
     CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS
@@ -20,28 +20,25 @@ class Template(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.register_buffer("features", self.features_of(clip), persistent=clip.source.random)  # (C, E)
-        self.features: Tensor
+        self.register_buffer("features", self.compute_features(clip), persistent=clip.source.random)  # (C, E)
 
-    def features_of(self, clip: Clip) -> Tensor:
+    def compute_features(self, clip: Clip) -> Tensor:
+        """Return unit-norm text features (C, E)."""
         return clip.text_features(class_prompts(self.class_names, self.hparams["template"]))
-
-    def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        return self.features
 
     def merge(self) -> dict[str, Tensor]:
         return {}
 
 
 class Ensemble(Template):
-    """The mean of the text features of many templates, made unit-norm again."""
+    """The mean of the text features of many templates, normalised again."""
 
     CAPTURABLE = True
     HPARAMS = {
         "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates, or its 7")
     }
 
-    def features_of(self, clip: Clip) -> Tensor:
+    def compute_features(self, clip: Clip) -> Tensor:
         templates = {"imagenet80": OPENAI_IMAGENET_TEMPLATES, "imagenet7": SIMPLE_IMAGENET_TEMPLATES}
         names = [name.replace("_", " ") for name in self.class_names]
         prompts = [template(name) for name in names for template in templates[self.hparams["ensemble"]]]

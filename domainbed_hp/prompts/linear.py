@@ -1,4 +1,4 @@
-"""Classifiers without a text tower behind them: weights that start at the text features, or anywhere."""
+"""Linear classifiers: weights that start at the text features, or at random."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, adamw, class_prompts
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, make_adamw
 
 LINEAR_HPARAMS = {
-    "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "of the classifier: AdamW, cosine to 0; ours", at_least=0),
-    "prompt_weight_decay": HParam(0.0, log_uniform(10, -6, -2), at_least=0),
+    "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate: AdamW, cosine to 0", at_least=0),
+    "prompt_weight_decay": HParam(0.0, log_uniform(10, -6, -2), "weight decay of the classifier", at_least=0),
 }
 
 
 class FromText(TextSide):
-    """The classifier's weights start at the text features and train: the classifier of WiSE-FT (Wortsman et al., 2022).
+    """The classifier of WiSE-FT (Wortsman et al., 2022): its weights start at the text features and train.
 
     Trainable parameters: C E.
     """
@@ -32,16 +32,16 @@ class FromText(TextSide):
         self.weight = nn.Parameter(clip.text_features(class_prompts(class_names, hparams["template"])))
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        return self.weight  # its length trains, too
+        return self.weight  # not normalised: its length trains
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return adamw(self.parameters(), self.hparams)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_adamw(self.parameters(), self.hparams)
 
 
 class RandomLinear(TextSide):
-    """No text: a linear classifier with bias and random start on image features of their own length, as DomainBed's.
+    """A linear classifier with bias and random start, without text. Image features are not normalised, as in DomainBed.
 
-    On a frozen tower it is the linear probe. Trainable parameters: C (E + 1).
+    On a frozen tower it is a linear probe. Trainable parameters: C (E + 1).
     """
 
     CAPTURABLE = True
@@ -52,8 +52,8 @@ class RandomLinear(TextSide):
         super().__init__(clip, class_names, hparams)
         self.classifier = nn.Linear(clip.embed_dim, len(class_names))
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return adamw(self.parameters(), self.hparams)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_adamw(self.parameters(), self.hparams)
 
     def forward(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):

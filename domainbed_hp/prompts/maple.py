@@ -12,7 +12,7 @@ from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.networks.vit import VisionTower
-from domainbed_hp.prompts.base import TextSide, class_prompts, sgd, unit
+from domainbed_hp.prompts.base import TextSide, class_prompts, make_sgd, unit
 from domainbed_hp.prompts.coop import PROMPT_HPARAMS
 from domainbed_hp.registry import UsageError
 
@@ -20,22 +20,24 @@ WORDS = "a photo of a"
 
 
 class MaPLe(TextSide):
-    """Prompts of both towers, in the first J layers of each: M text vectors a layer, and a linear image of each of them
-    among the tokens of the image. A layer's prompts replace what the layer before made of its own.
+    """Prompts in the first J layers of both towers: M text vectors a layer, and their linear images in the image tower.
 
-    The first ones stand for the first words of "a photo of a name."; the words behind them stay, as in the release.
+    A layer's prompts replace the outputs of those of the layer before. The first layer's text prompts replace the first
+    words of "a photo of a name."; the other words stay, as in the release.
     Trainable parameters: J (M W + W D + D), D the width of the image tower; ViT-B/16 with M = 2, J = 9 3,555,072.
     """
 
-    # DEVIATION: no epoch of constant learning rate before the cosine; each projection draws its own start, where the
-    # release copies one to all layers behind the first.
+    # DEVIATION: no epoch of constant learning rate before the cosine; every projection has its own random start, where
+    # the release copies one to all layers behind the first.
     CAPTURABLE = True
     HPARAMS = PROMPT_HPARAMS | {
-        "prompt_lr": HParam(3.5e-3, log_uniform(10, -4, -2), "of all prompts: SGD, momentum 0.9, cosine", at_least=0),
-        "prompt_tokens": HParam(2, choice(2, 4), "M", at_least=1),
-        "prompt_depth": HParam(9, help="J; at most the layers of the smaller tower", at_least=1),
+        "prompt_lr": HParam(
+            3.5e-3, log_uniform(10, -4, -2), "learning rate: SGD, momentum 0.9, cosine to 0", at_least=0
+        ),
+        "prompt_tokens": HParam(2, choice(2, 4), "M, prompts a layer", at_least=1),
+        "prompt_depth": HParam(9, help="J, layers with prompts; at most the layers of the smaller tower", at_least=1),
     }
-    REACHES_IN = True
+    CHANGES_TOWER = True
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
@@ -53,17 +55,17 @@ class MaPLe(TextSide):
         self.projections = nn.ModuleList(nn.Linear(width, vision_width) for _ in range(depth))
 
     def attach(self, tower: VisionTower) -> None:
-        if tower.prompts():
+        if tower.prompt_tokens():
             raise UsageError("prompt=maple: the image tower already has prompts; use another prompt, e.g. prompt=coop")
-        tower.prompts = self.vision_prompts
+        tower.prompt_tokens = self.compute_vision_prompts
 
-    def vision_prompts(self) -> list[Tensor]:
-        """Those of each layer, (M, D)."""
+    def compute_vision_prompts(self) -> list[Tensor]:
+        """Return the image tower's prompts (M, D), one tensor a layer."""
         return [project(text) for project, text in zip(self.projections, self.text_prompts, strict=True)]
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         first, *deep = self.text_prompts
         return unit(self.tower(self.sentences(first[None]), self.sentences.ends, deep))
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return sgd([*self.text_prompts, *self.projections.parameters()], self.hparams)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_sgd([*self.text_prompts, *self.projections.parameters()], self.hparams)

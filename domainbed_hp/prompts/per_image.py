@@ -1,4 +1,4 @@
-"""Text features of many prompts: where each image, or each domain, has its own."""
+"""Text features where every image, or every domain, has a prompt of its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from domainbed_hp.networks.text import Sentences, TextTower
 from domainbed_hp.prompts.base import unit
 
 SEQUENCES = 1024
-"""About how many the text tower reads at once."""
+"""Number of sequences, about, that the text tower reads at once."""
 
 
-def encode_each(tower: TextTower, sentences: Sentences, prompts: Tensor) -> Tensor:
-    """B prompts of n vectors (B, n, W), each in all C sentences -> unit-norm text features (B, C, E).
+def encode_prompts(tower: TextTower, sentences: Sentences, prompts: Tensor) -> Tensor:
+    """Return unit-norm text features (B, C, E) of B prompts of n vectors (B, n, W), each in all C sentences.
 
-    B C sequences are many: they go in parts, and training keeps no activations of a part but encodes it again in its
-    backward pass. The result is the same.
+    The B C sequences are encoded in parts. In training the activations of a part are not stored but computed again in
+    the backward pass, to save memory.
     """
 
     def encode(part: Tensor) -> Tensor:

@@ -24,23 +24,23 @@ BATCH = 128
 
 
 class PromptStyler(TextOnly):
-    """Learned words S* for styles, one after another, then a linear classifier of "a S* style of a {class}".
+    """Learned style words S*, one after another, then a linear classifier of "a S* style of a {class}".
 
-    1. A style differs from those before it and keeps the content: L = L_style + L_content.
-    2. The classifier trains by ArcFace on the text features of all styles and classes; its rows, made unit-norm, are
-       the class features. Nothing trains on images.
+    1. A style differs from the earlier ones and preserves the content: L = L_style + L_content.
+    2. The classifier trains by ArcFace on the text features of all styles and classes; its normalised rows are the
+       class features. Nothing trains on images.
     """
 
     CAPTURABLE = True
     HPARAMS = {
-        "styler_styles": HParam(80, help="K", at_least=1),
-        "styler_steps": HParam(100, help="of each style", at_least=0),
-        "styler_lr": HParam(2e-3, log_uniform(10, -4, -2), "of the styles: SGD, momentum 0.9, constant", at_least=0),
-        "styler_epochs": HParam(50, help="of the classifier, in batches of 128", at_least=0),
+        "styler_styles": HParam(80, help="K, number of styles", at_least=1),
+        "styler_steps": HParam(100, help="training steps of a style", at_least=0),
+        "styler_lr": HParam(2e-3, log_uniform(10, -4, -2), "SGD of the styles, momentum 0.9, constant", at_least=0),
+        "styler_epochs": HParam(50, help="epochs of the classifier, in batches of 128", at_least=0),
         "styler_classifier_lr": HParam(
             5e-3,
             log_uniform(10, -3.5, -1),
-            "lr of the classifier: SGD, momentum 0.9; the paper's is unsure",
+            "learning rate of the classifier: SGD, momentum 0.9; the paper does not state it clearly",
             at_least=0,
         ),
         "styler_scale": HParam(5.0, help="s of ArcFace", at_least=0),
@@ -58,7 +58,7 @@ class PromptStyler(TextOnly):
         return self.train_classifier(self.learn_styles()[:, 1:])
 
     def learn_styles(self) -> Tensor:
-        """Unit-norm features (K, 1 + C, E) of "a S* style of a", then of each class in that style."""
+        """Return unit-norm features (K, 1 + C, E) of "a S* style of a" and of every class in that style."""
         tower, styled, contents = cast("tuple[TextTower, Sentences, Sentences]", self.helpers)
 
         def encode(sentences: Sentences, vectors: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ class PromptStyler(TextOnly):
         return torch.stack(styles)
 
     def train_classifier(self, features: Tensor) -> Tensor:
-        """Weights (C, E) of any length, from text features (K, C, E)."""
+        """Return classifier weights (C, E) of any length, trained on text features (K, C, E)."""
         h, (styles, classes, size) = self.hparams, features.shape
         x, y = features.flatten(0, 1), torch.arange(classes, device=features.device).repeat(styles)
         weight = nn.Parameter(nn.Linear(size, classes, bias=False).weight.detach().to(x))
         optimizer = torch.optim.SGD([weight], h["styler_classifier_lr"], momentum=0.9)
         for _ in range(h["styler_epochs"]):
             for batch in torch.randperm(len(x)).to(x.device).split(BATCH):
-                # DEVIATION: a known re-implementation (PromptTA's) leaves the weights at their own length.
+                # DEVIATION: the re-implementation of PromptTA does not normalise the weights.
                 logits = arcface(x[batch] @ unit(weight).T, y[batch], h["styler_scale"], h["styler_margin"])
                 optimizer.zero_grad()
                 F.cross_entropy(logits, y[batch]).backward()
@@ -95,17 +95,17 @@ class PromptStyler(TextOnly):
 
 
 def style_loss(style: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-    """Mean |cos| of a style (E) with those before it; 0 for the first. All are unit-norm."""
+    """Return the mean |cos| of a style (E) with the earlier ones, 0 for the first. All are unit-norm."""
     return torch.stack([style @ other for other in earlier]).abs().mean() if earlier else style.new_zeros(())
 
 
 def content_loss(styled: Tensor, content: Tensor) -> Tensor:
-    """A class in this style (C, E) is to be closest to its own name (C, E); cosines are logits as they are."""
+    """Return the cross-entropy by which a class in this style (C, E) is closest to its own name (C, E)."""
     return F.cross_entropy(styled @ content.T, torch.arange(len(content), device=content.device))
 
 
 def arcface(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
-    """Logits s cos(angle), or s cos(angle + m) for the true class (ArcFace, Deng et al., 2019)."""
+    """Return logits s cos(angle), s cos(angle + m) for the true class (ArcFace, Deng et al., 2019)."""
     sines = (1 - cosines**2).clamp_min(1e-12).sqrt()  # the root has no slope at 0
     shifted = cosines * math.cos(margin) - sines * math.sin(margin)
     return scale * torch.where(F.one_hot(y, cosines.shape[1]).bool(), shifted, cosines)

@@ -1,4 +1,4 @@
-"""What the source-free text sides share: a classifier that is trained on text alone, once, then frozen."""
+"""The base of the source-free text sides: a classifier that trains on text alone, once, and is then frozen."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from domainbed_hp.prompts.base import TextSide, unit
 
 
 class TextOnly(TextSide):
-    """`fit` makes text features of class names when they are first asked for; no image is seen.
+    """Text features that `fit` trains from class names at their first use.
 
-    Not when it is built, since by then it has moved to where it is fast, and a loaded one needs no fit.
+    At the first use the module is on its device already, and a loaded module needs no fit.
     """
 
     TRAINS = False
@@ -28,27 +28,26 @@ class TextOnly(TextSide):
         self.register_buffer("features", torch.zeros(len(class_names), clip.embed_dim))
         self.seed: Tensor
         self.fitted: Tensor
-        self.features: Tensor
-        self.seen_fitted: int | None = None
+        self.checked_version: int | None = None
         self.helpers: list[nn.Module] = []
-        """What only `fit` needs. In a list they are no children: neither trained nor saved."""
+        """Modules that only `fit` needs. In a list they are not submodules, so they are neither trained nor saved."""
 
     def fit(self) -> Tensor:
-        """The class features (C, E) of any length, trained from text; random draws are the CPU generator's."""
+        """Return class features (C, E) of any length, trained on text. Random draws come from the CPU's generator."""
         raise NotImplementedError(f"{type(self).__name__}.fit")
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        if self.seen_fitted != self.fitted._version:  # asked once: a step that asks waits for the device
+        if self.checked_version != self.fitted._version:  # reading `fitted` at every step would wait for the device
             if not self.fitted:
                 self.fit_once(images.device)
-            self.seen_fitted = self.fitted._version
+            self.checked_version = self.fitted._version
             self.helpers.clear()
         return self.features
 
     def fit_once(self, device: torch.device) -> None:
-        """Fill `features`, whatever the caller does with gradients, precision and random numbers."""
+        """Fill `features`, independent of the caller's gradient mode, precision and random generators."""
         with torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
-            torch.default_generator.manual_seed(int(self.seed))  # the CPU's alone, which `fork_rng` gives back
+            torch.default_generator.manual_seed(int(self.seed))  # the CPU's generator only, which `fork_rng` restores
             with torch.inference_mode(False), torch.enable_grad():
                 for helper in self.helpers:
                     helper.to(device, self.features.dtype)

@@ -1,4 +1,4 @@
-"""The text tower trains, too, under a fixed template: in full (as FLYP does), or by low-rank changes (CLIP-LoRA)."""
+"""A text tower that trains under a fixed template: in full (as in FLYP), or by low-rank changes (CLIP-LoRA)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.heads import check_targets
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, adamw, class_prompts, unit
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, make_adamw, unit
 
 
 class TunedTextTower(TextSide):
-    """Every parameter of the text tower trains but the token embeddings, of which a few would be seen.
+    """Every parameter of the text tower trains, except for the token embeddings, most of which never occur.
 
     It starts as the zero-shot classifier.
     """
@@ -24,8 +24,8 @@ class TunedTextTower(TextSide):
     # DEVIATION: FLYP (Goyal et al., 2023) trains the token embeddings as well.
     CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS | {
-        "prompt_lr": HParam(1e-5, log_uniform(10, -6, -4), "of the text tower: AdamW, cosine to 0", at_least=0),
-        "prompt_weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), at_least=0),
+        "prompt_lr": HParam(1e-5, log_uniform(10, -6, -4), "learning rate: AdamW, cosine to 0", at_least=0),
+        "prompt_weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), "weight decay of the text tower", at_least=0),
     }
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
@@ -35,17 +35,18 @@ class TunedTextTower(TextSide):
         self.trained = self.unfreeze()
 
     def unfreeze(self) -> list[torch.nn.Parameter]:
-        found = [p for name, p in self.tower.named_parameters() if not name.startswith("token_embedding")]
-        for parameter in found:
+        """Make the trained parameters require gradients and return them."""
+        parameters = [p for name, p in self.tower.named_parameters() if not name.startswith("token_embedding")]
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        return found
+        return parameters
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
-        nothing = self.tower.positional_embedding.new_empty(1, 0, self.tower.width)
-        return unit(self.tower(self.sentences(nothing), self.sentences.ends))
+        no_vectors = self.tower.positional_embedding.new_empty(1, 0, self.tower.width)
+        return unit(self.tower(self.sentences(no_vectors), self.sentences.ends))
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return adamw(self.trained, self.hparams)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return make_adamw(self.trained, self.hparams)
 
     def merge(self) -> dict[str, Tensor]:
         return self.tower.merge()
@@ -54,17 +55,17 @@ class TunedTextTower(TextSide):
 class TextLoRA(TunedTextTower):
     """Low-rank changes of W_q, W_k and W_v in every layer of the text tower (CLIP-LoRA, Zanella & Ben Ayed, 2024).
 
-    Scaled by alpha / sqrt(r), with dropout. Trainable parameters: 2 W r a projection; ViT-B/16 73,728.
+    They are scaled by alpha / sqrt(r) and have dropout. Trainable parameters: 2 W r a projection; ViT-B/16 73,728.
     """
 
     CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS | {
-        "text_lora_rank": HParam(2, help="r of the text tower", at_least=1),
+        "text_lora_rank": HParam(2, help="rank r in the text tower", at_least=1),
         "text_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
-        "text_lora_dropout": HParam(0.25, help="on the input of A", at_least=0, below=1),
+        "text_lora_dropout": HParam(0.25, help="dropout on the input of A", at_least=0, below=1),
         "text_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
-        "prompt_lr": HParam(2e-4, log_uniform(10, -5, -3), "of the text tower: AdamW, cosine to 0", at_least=0),
-        "prompt_weight_decay": HParam(0.01, log_uniform(10, -6, -2), at_least=0),
+        "prompt_lr": HParam(2e-4, log_uniform(10, -5, -3), "learning rate: AdamW, cosine to 0", at_least=0),
+        "prompt_weight_decay": HParam(0.01, log_uniform(10, -6, -2), "weight decay of the text tower", at_least=0),
     }
 
     @classmethod

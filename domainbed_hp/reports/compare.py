@@ -1,4 +1,4 @@
-"""Two rows against each other, paired by trial and environment."""
+"""Compare two rows of the tables, paired by trial and test environment."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from scipy import stats
 from tabulate import tabulate
 
 from domainbed_hp import registry
-from domainbed_hp.model_selection import METHODS, SelectionMethod
+from domainbed_hp.model_selection import SelectionMethod, load_selection_methods
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.tables import environments
+from domainbed_hp.reports.tables import list_environments
 
 RESAMPLES = 9999
-"""Of the bootstrap, and of the permutation test where all sign flips are more."""
+"""Number of resamples of the bootstrap, and of the permutation test unless it has fewer sign flips in all."""
 LEVEL = 0.95
+"""Confidence level of the intervals."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of row a minus row b over pairs, in points, with a 95 % bootstrap interval and the p of a permutation test.
+    """Mean difference of two rows over pairs, in points, with the p of a permutation test and a 95 % interval.
 
-    The test flips signs of pairs at random, all flips where they are few: under the null hypothesis the rows could be
-    swapped in any pair. The interval resamples trials within each environment, whose n deviations are first stretched
-    by sqrt(n / (n - 1)): resampling alone takes the sample's spread for the truth's. No p with fewer than two pairs,
-    no interval where an environment has fewer than two.
+    Under the null hypothesis the rows could be swapped in any pair: the test flips the signs of pairs, in all ways
+    where these are few, else at random. The interval is a bootstrap over the trials of each environment. It first
+    stretches an environment's n deviations from their mean by sqrt(n / (n - 1)), because resampling alone
+    underestimates the spread. Below two pairs there is no p. Where an environment has one trial there is no interval.
     """
 
     where: str
+    """The test environment, or "all"."""
     a: float
+    """Mean accuracy of row a, in percent."""
     b: float
     n: int
+    """Number of pairs."""
     trials: int
-    """The fewest of an environment."""
+    """Number of trials of the environment that has the fewest."""
     p: float | None
     low: float | None
     high: float | None
@@ -46,8 +50,8 @@ class Difference:
         return self.a - self.b
 
     def warning(self) -> str:
-        """What so few trials cannot tell; empty where they can."""
-        if 2.0 ** (1 - self.trials) < 1 - LEVEL:  # the smallest p of so many sign flips
+        """Return the conclusions that so few trials do not allow; empty where there are enough."""
+        if 2.0 ** (1 - self.trials) < 1 - LEVEL:  # the smallest p that so many sign flips can give
             return ""
         trials = "1 trial" if self.trials == 1 else f"{self.trials} trials"
         least = 2.0 ** (1 - self.n)
@@ -58,15 +62,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences on one data set under one selection method: each environment, then all."""
+    """Differences of two rows on one data set under one selection method: every environment, then all of them."""
 
     a: str
     b: str
     dataset: str
-    method: SelectionMethod
+    method: type[SelectionMethod]
     differences: tuple[Difference, ...]
     left_out: int = 0
-    """Pairs with an accuracy that is NaN."""
+    """Number of pairs with an accuracy that is NaN."""
 
     HEADER = ("", "a", "b", "a - b", "95 % interval", "p", "pairs")
 
@@ -75,6 +79,7 @@ class Comparison:
         return f"{self.a} (a) minus {self.b} (b), {self.dataset}, model selection method: {self.method.name}"
 
     def lines(self) -> list[list[str]]:
+        """Return the differences as text, a line each, in the order of HEADER."""
         return [
             [
                 d.where,
@@ -89,51 +94,59 @@ class Comparison:
         ]
 
     def warnings(self) -> list[str]:
-        """What is left out, and where there are too few pairs to tell, a line for each reason."""
+        """Return a line for the pairs that are left out, and one for every reason why there are too few trials."""
         where: dict[str, list[str]] = {}
         for d in self.differences:
             where.setdefault(d.warning(), []).append(d.where)
         lines = [f"{self.dataset}, {', '.join(names)}: {why}; run more trials" for why, names in where.items() if why]
         return lines + [f"{self.dataset}: {self.left_out} pairs hold NaN and are left out"] * bool(self.left_out)
 
-    def text(self) -> str:
+    def to_text(self) -> str:
+        """Return the title, the differences and the warnings as plain text."""
         table = tabulate(self.lines(), self.HEADER, disable_numparse=True)
         return "\n".join([f"-------- {self.title}", table, *(f"warning: {w}" for w in self.warnings())])
 
 
-def compare(frame: pd.DataFrame, a: str, b: str) -> list[Comparison]:
-    """Rows `a` and `b` on every data set that both ran on, under every selection method that has a choice for both."""
+def compare_rows(frame: pd.DataFrame, a: str, b: str) -> list[Comparison]:
+    """Compare rows `a` and `b` on every data set, under every selection method that has a choice for both.
+
+    Raises:
+        UsageError: a row is unknown, both are the same, or they share no trial and test environment.
+    """
     rows = list(dict.fromkeys(frame["row"]))
     for name in (a, b):
         if name not in rows:
             raise registry.unknown_name("row", name, rows)
     if a == b:
         raise UsageError(f"--compare {a} {b}: a row cannot be compared with itself")
-    found = []
-    for method in METHODS:
+    comparisons = []
+    for method in load_selection_methods():
         chosen = method.select(frame[frame["row"].isin([a, b])])
-        for dataset, labels in environments(frame).items():
+        for dataset, names in list_environments(frame).items():
             here = chosen[chosen["dataset"] == dataset]
             left_out = here.loc[here["test_acc"].isna(), ["test_env", "trial_seed"]].drop_duplicates()
             pairs = here.pivot_table(index=["test_env", "trial_seed"], columns="row", values="test_acc")
             if {a, b} <= set(pairs.columns) and len(pairs := pairs.dropna()):
-                each = {labels[int(str(env))]: group for env, group in pairs.groupby(level="test_env")}
-                all_envs = difference("all", list(each.values()), a, b)
-                differences = [difference(label, [group], a, b) for label, group in each.items()]
-                found.append(Comparison(a, b, dataset, method, (*differences, all_envs), len(left_out)))
-    if not found:
-        raise UsageError(f"{a} and {b} share no trial and test environment: there is nothing to pair")
-    return found
+                groups = {names[int(str(env))]: group for env, group in pairs.groupby(level="test_env")}
+                all_envs = measure_difference("all", list(groups.values()), a, b)
+                differences = [measure_difference(name, [group], a, b) for name, group in groups.items()]
+                comparisons.append(Comparison(a, b, dataset, method, (*differences, all_envs), len(left_out)))
+    if not comparisons:
+        raise UsageError(f"--compare: {a} and {b} share no trial and test environment: there is nothing to pair")
+    return comparisons
 
 
-def difference(where: str, groups: Sequence[pd.DataFrame], a: str, b: str) -> Difference:
-    """Of the mean over environments of the mean over trials; `groups` are the pairs of each environment."""
+def measure_difference(where: str, groups: Sequence[pd.DataFrame], a: str, b: str) -> Difference:
+    """Return the difference of the means over environments of the means over trials.
+
+    `groups` has one frame per environment, with a line per trial and the columns `a` and `b`: accuracies in [0, 1].
+    """
     means = {row: 100 * float(np.mean([group[row].mean() for group in groups])) for row in (a, b)}
     gaps = [100 * (group[a] - group[b]).to_numpy() for group in groups]
     n, trials = sum(map(len, gaps)), min(map(len, gaps))
     if n < 2:
         return Difference(where, means[a], means[b], n, trials, None, None, None)
-    # The mean of means, as a weighted mean of all pairs.
+    # The mean of means is a weighted mean of all pairs.
     weights = np.concatenate([np.full(len(gap), 1 / len(gap) / len(gaps)) for gap in gaps])
     p = stats.permutation_test(
         (np.concatenate(gaps),),
@@ -147,10 +160,10 @@ def difference(where: str, groups: Sequence[pd.DataFrame], a: str, b: str) -> Di
     if trials > 1:
         stretched = [gap.mean() + (gap - gap.mean()) * (len(gap) / (len(gap) - 1)) ** 0.5 for gap in gaps]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all gaps equal: the interval is that point
+            warnings.simplefilter("ignore")  # scipy warns where all gaps are equal; the interval is that point
             interval = stats.bootstrap(
                 stretched,
-                lambda *each, axis: np.mean([d.mean(axis) for d in each], axis=0),
+                lambda *samples, axis: np.mean([d.mean(axis) for d in samples], axis=0),
                 method="percentile",
                 vectorized=True,
                 confidence_level=LEVEL,

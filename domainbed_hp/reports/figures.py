@@ -1,6 +1,6 @@
-"""Pictures of the same numbers as the tables. Readable in grey and by colour-blind readers: rows differ in marker, too.
+"""Figures of the numbers in the tables, readable in grey and by colour-blind readers: rows differ in marker, too.
 
-Every function returns a matplotlib figure; nothing is shown, and no global state of matplotlib is used.
+Every drawing function returns a matplotlib figure. None shows it, and none changes the global state of matplotlib.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from safetensors import safe_open
 
 from domainbed_hp.model_selection import IIDAccuracy, SelectionMethod
-from domainbed_hp.reports.load import Collected, Run
-from domainbed_hp.reports.tables import Table
+from domainbed_hp.records import FILE_NAME
+from domainbed_hp.reports.load import CollectedRuns, Run, read_records
+from domainbed_hp.reports.tables import Table, check_keys
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Okabe and Ito's, which stay apart for colour-blind readers."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
 MARKERS = "osD^vPX<>*"
 LINES = ("-", "--", "-.", ":")
-LINE = 0.22
-"""Inches of a line of a legend."""
+LEGEND_LINE = 0.22
+"""Height of a line of a legend, in inches."""
 LOSSES = ("loss", "ce", "contrastive")
-"""What methods call the loss that they train by."""
+"""Keys under which algorithms record the loss that they train by."""
 
 
-def styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each row."""
-    each = zip(rows, cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
-    return {row: {"color": colour, "marker": marker, "linestyle": line} for row, colour, marker, line in each}
+def make_styles(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return colour, marker and line of every row."""
+    styles = zip(rows, cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
+    return {row: {"color": colour, "marker": marker, "linestyle": line} for row, colour, marker, line in styles}
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib takes for no formula."""
+def escape_formula(text: str) -> str:
+    """Return text in which matplotlib sees no formula."""
     return text.replace("$", r"\$")
 
 
-def canvas(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Figure, list[Axes]]:
+def make_axes(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Figure, list[Axes]]:
+    """Return a figure with axes side by side; `height` and `width` of one of them, in inches."""
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
@@ -53,174 +54,178 @@ def canvas(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Figur
     return figure, axes
 
 
-def legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
-    """Below the axes, in as many lines as the labels need: the figure grows by them."""
+def add_legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
+    """Add a legend below the axes and make the figure higher by the lines that it needs."""
     handles, labels = axis.get_legend_handles_labels()
     columns = min(columns, 2) if max(map(len, labels), default=0) > 25 else columns
-    figure.set_figheight(figure.get_figheight() + LINE * -(-len(labels) // columns))
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def accuracies(table: Table) -> Figure:
-    """Accuracy of each row on each environment, with standard errors."""
-    figure, (axis,) = canvas(1, 2.8, 1.2 + 1.3 * len(table.columns))
+def draw_accuracies(table: Table) -> Figure:
+    """Draw the accuracy of every row on every environment, with standard errors."""
+    figure, (axis,) = make_axes(1, 2.8, 1.2 + 1.3 * len(table.columns))
     x = np.arange(len(table.columns))
-    look = styles(table.rows)
+    styles = make_styles(table.rows)
     for i, (row, cells) in enumerate(zip(table.rows, table.cells, strict=True)):
         offset = (i - (len(table.rows) - 1) / 2) * 0.8 / len(table.rows)
         means = [np.nan if cell.mean is None else cell.mean for cell in cells]
         errs = [cell.err or 0.0 for cell in cells]
-        style = look[row] | {"linestyle": "none"}
-        axis.errorbar(x + offset, means, errs, label=plain(row), capsize=2.5, markersize=5, **style)
-    axis.set_xticks(x, [plain(name) for name in table.columns])
+        style = styles[row] | {"linestyle": "none"}
+        axis.errorbar(x + offset, means, errs, label=escape_formula(row), capsize=2.5, markersize=5, **style)
+    axis.set_xticks(x, [escape_formula(name) for name in table.columns])
     for edge in x[:-1] + 0.5:
         axis.axvline(edge, color="0.9", linewidth=0.8)
     axis.set_ylabel("target accuracy (%)")
-    axis.set_title(plain(f"{table.title}, {table.method.name}"), fontsize="medium")
-    legend(figure, axis)
+    axis.set_title(escape_formula(f"{table.title}, {table.method.name}"), fontsize="medium")
+    add_legend(figure, axis)
     return figure
 
 
-def curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
-    """Training loss (each method's own), validation accuracy (training environments) and target accuracy by step.
+def draw_curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str], names: Sequence[str] = ()) -> Figure:
+    """Draw numbers of the records by step: `names`, validation accuracy (training environments), target accuracy.
 
-    Means over runs; the band is one standard deviation over runs.
+    Without names the first is the training loss, which algorithms record under different keys. Lines are means over
+    runs; a band is one standard deviation over runs.
     """
-    scores = scored(frame[frame["dataset"] == dataset])
-    shown = {"val_acc": "validation accuracy (%)", "test_acc": "target accuracy (%)"}
-    if losses := [name for name in LOSSES if name in scores and scores[name].notna().any()]:
-        scores = scores.assign(training_loss=scores[losses].bfill(axis=1).iloc[:, 0])
-        shown = {"training_loss": "training loss"} | shown
-    figure, axes = canvas(len(shown), 3.0)
-    look = styles(rows)
-    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+    records = IIDAccuracy.candidates(frame[frame["dataset"] == dataset])
+    titles = {"val_acc": "validation accuracy (%)", "test_acc": "target accuracy (%)"}
+    if names:
+        titles = {name: name for name in names if records[name].notna().any()} | titles
+    elif losses := [name for name in LOSSES if name in records and records[name].notna().any()]:
+        records = records.assign(training_loss=records[losses].bfill(axis=1).iloc[:, 0])
+        titles = {"training_loss": "training loss"} | titles
+    figure, axes = make_axes(len(titles), 3.0)
+    styles = make_styles(rows)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        factor = 100 if title.endswith("(%)") else 1
         for row in rows:
-            factor = 100 if name.endswith("acc") else 1
-            by_step = factor * scores[scores["row"] == row].groupby("step")[name].agg(["mean", "std"]).dropna(how="all")
+            numbers = records[records["row"] == row].groupby("step")[name]
+            by_step = factor * numbers.agg(["mean", "std"]).dropna(how="all")
             if by_step.empty:
                 continue
-            band = by_step["std"].fillna(0)
+            mean, band, label = by_step["mean"], by_step["std"].fillna(0), escape_formula(row)
             every = max(1, len(by_step) // 8)
-            axis.plot(by_step.index, by_step["mean"], label=plain(row), markersize=4, markevery=every, **look[row])
-            low, high = by_step["mean"] - band, by_step["mean"] + band
-            axis.fill_between(by_step.index, low, high, color=look[row]["color"], alpha=0.15, linewidth=0)
+            axis.plot(by_step.index, mean, label=label, markersize=4, markevery=every, **styles[row])
+            axis.fill_between(
+                by_step.index, mean - band, mean + band, color=styles[row]["color"], alpha=0.15, linewidth=0
+            )
         axis.set_xlabel("step")
-        axis.set_title(title, fontsize="medium")
-    figure.suptitle(plain(dataset), fontsize="medium")
-    legend(figure, axes[-1])
+        axis.set_title(escape_formula(title), fontsize="medium")
+    figure.suptitle(escape_formula(dataset), fontsize="medium")
+    add_legend(figure, axes[-1])
     return figure
 
 
-def selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
-    """Validation against target accuracy of every record: does choosing by the one choose by the other?
+def draw_selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
+    """Draw validation against target accuracy of every record: does the best by one have a good value of the other?
 
-    Spearman's rank correlation is taken within each (row, trial, test environment) and averaged over them.
+    Spearman's rank correlation is computed for every (row, trial, test environment) and averaged over them.
     """
-    scores = scored(frame[frame["dataset"] == dataset])
-    figure, (axis,) = canvas(1, 3.8, 4.8)
-    look = styles(rows)
+    records = IIDAccuracy.candidates(frame[frame["dataset"] == dataset])
+    figure, (axis,) = make_axes(1, 3.8, 4.8)
+    styles = make_styles(rows)
     for row in rows:
-        here = scores[scores["row"] == row]
-        if here.empty:
+        points = records[records["row"] == row]
+        if points.empty:
             continue
-        groups = [group[["val_acc", "test_acc"]] for _, group in here.groupby(["trial_seed", "test_env"])]
+        groups = [group[["val_acc", "test_acc"]] for _, group in points.groupby(["trial_seed", "test_env"])]
         ranks = [np.corrcoef(g.rank().to_numpy().T)[0, 1] for g in groups if len(g) > 2 and (g.nunique() > 1).all()]
-        label = f"{row} (rank correlation {np.mean(ranks):+.2f})" if ranks else row
-        style = {"color": look[row]["color"], "marker": look[row]["marker"]}
-        axis.scatter(
-            100 * here["val_acc"], 100 * here["test_acc"], s=16, alpha=0.7, label=plain(label), linewidths=0, **style
-        )
+        label = escape_formula(f"{row} (rank correlation {np.mean(ranks):+.2f})" if ranks else row)
+        style = {"color": styles[row]["color"], "marker": styles[row]["marker"]}
+        x, y = 100 * points["val_acc"], 100 * points["test_acc"]
+        axis.scatter(x, y, s=16, alpha=0.7, label=label, linewidths=0, **style)
     axis.grid(axis="x", color="0.9", linewidth=0.8)
     axis.set_xlabel("validation accuracy (%)")
     axis.set_ylabel("target accuracy (%)")
-    axis.set_title(plain(dataset), fontsize="medium")
-    legend(figure, axis, columns=1)
+    axis.set_title(escape_formula(dataset), fontsize="medium")
+    add_legend(figure, axis, columns=1)
     return figure
 
 
-def scored(frame: pd.DataFrame) -> pd.DataFrame:
-    """Records of runs with one test environment, with `val_acc` and `test_acc` of training-domain validation."""
-    return IIDAccuracy.candidates(frame)
-
-
-def gates(values: np.ndarray, title: str) -> Figure:
-    """Gates (layers, heads) of a trained model; 1 is where they started."""
-    layers, heads = values.shape
+def draw_gates(gates: np.ndarray, title: str) -> Figure:
+    """Draw gates (layers, heads); training starts from 1."""
+    layers, heads = gates.shape
     figure = Figure(figsize=(1.8 + 0.42 * heads, 1.2 + 0.34 * layers), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    top = max(2.0, float(values.max()))
-    image = axis.imshow(values, cmap="cividis", vmin=0, vmax=top)
+    top = max(2.0, float(gates.max()))
+    image = axis.imshow(gates, cmap="cividis", vmin=0, vmax=top)
     for layer in range(layers):
         for head in range(heads):
-            ink = "white" if values[layer, head] < 0.55 * top else "black"
-            axis.text(head, layer, f"{values[layer, head]:.2f}", ha="center", va="center", color=ink, fontsize=6)
+            colour = "white" if gates[layer, head] < 0.55 * top else "black"
+            axis.text(head, layer, f"{gates[layer, head]:.2f}", ha="center", va="center", color=colour, fontsize=6)
     axis.set_xticks(range(heads), [str(i) for i in range(1, heads + 1)])
     axis.set_yticks(range(layers), [str(i) for i in range(1, layers + 1)])
     axis.set_xlabel("head")
     axis.set_ylabel("layer")
-    axis.set_title(plain(title), fontsize="small")
+    axis.set_title(escape_formula(title), fontsize="small")
     figure.colorbar(image, label="gate")
     return figure
 
 
-def learned_gates(run: Run) -> np.ndarray | None:
-    """(layers, heads) of a run's model.safetensors; None where it has no gates or was not saved.
+def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
+    """Return (step, gates (layers, heads)) of the record of `step`, or else of the last record with gates, or None."""
+    gates = None
+    for record in read_records(str(Path(run.folder) / FILE_NAME), []):  # read again: the table holds numbers only
+        if record.get("gates") and record.get("args") == run.args:
+            gates = record["step"], np.array(record["gates"], dtype=float)
+            if record["step"] == step:
+                break
+    return gates
 
-    Formulas as in `networks/heads.py`, in evaluation.
+
+def draw_gates_of_runs(collected: CollectedRuns, method: type[SelectionMethod], notes: list[str]) -> dict[str, Figure]:
+    """Draw the gates of the run and step that a selection method chooses for each row, data set and test environment.
+
+    The first trial stands for the others. A note names the runs that have gates, but none in their records.
     """
-    path = Path(run.folder) / "model.safetensors"
-    kind = run.hparams.get("gates", "none")
-    if kind == "none" or not path.is_file():
-        return None
-    with safe_open(path, "np") as file:
-        logits = [(name, file.get_tensor(name)) for name in file.keys() if name.endswith("gate_logits")]  # noqa: SIM118
-    if not logits:
-        return None
-    found = np.stack([value for _, value in sorted(logits, key=lambda pair: [natural(p) for p in pair[0].split(".")])])
-    if kind == "sigmoid":
-        return np.asarray(2 / (1 + np.exp(-found)))
-    if kind == "hard":
-        order = np.argsort(np.argsort(-found, axis=1, kind="stable"), axis=1)
-        return np.where(order < run.hparams["gate_keep"], 1.0, 0.0)
-    shifted = np.exp(found - found.max(axis=1, keepdims=True))
-    return np.asarray(found.shape[1] * shifted / shifted.sum(axis=1, keepdims=True))
+    figures, without = {}, []
+    chosen = method.select(collected.frame).drop_duplicates(["row", "dataset", "test_env"])
+    for index, step in zip(chosen["run"], chosen["step"], strict=True):
+        run = collected.runs[index]
+        if run.hparams.get("gates", "none") == "none":
+            continue
+        if (at_step := read_gates(run, step)) is None:
+            without.append(run.folder)
+            continue
+        envs = "-".join(map(str, run.args["test_envs"]))
+        place = f"{run.row} on {run.args['dataset']}, test environment {envs}"
+        name = f"{make_slug(run.args['dataset'])}-gates-{make_slug(run.row)}-env{envs}"
+        figures[name] = draw_gates(at_step[1], f"{place}, trial {run.args['trial_seed']}, step {at_step[0]}")
+    if without:
+        notes.append(
+            f"no figure of the gates of {len(without)} runs, because they were made before records held gates: "
+            f"{', '.join(without)}"
+        )
+    return figures
 
 
-def natural(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdigit() else (-1, part)
+def draw_figures(
+    collected: CollectedRuns, tables: Sequence[Table], curves: Sequence[str] = (), notes: list[str] | None = None
+) -> dict[str, Figure]:
+    """Return file name without ending -> figure, of the tables of one selection method.
 
+    `curves` are keys of the records to draw by step, see `draw_curves`. Warnings for the user are added to `notes`.
 
-def selected_runs(collected: Collected, method: SelectionMethod = IIDAccuracy) -> list[Run]:
-    """The run that a selection method chooses, of each row, data set and test environment: in its first trial."""
-    frame = collected.frame
-    first = method.select(frame).drop_duplicates(["row", "dataset", "test_env"])
-    place = ["row", "dataset", "trial_seed", "hparams_seed"]
-    single = frame[frame["test_envs"].map(len) == 1].assign(test_env=lambda f: f["test_envs"].map(lambda envs: envs[0]))
-    runs = first.merge(single[[*place, "test_env", "run"]].drop_duplicates(), on=[*place, "test_env"])["run"]
-    return [collected.runs[i] for i in dict.fromkeys(runs)]
-
-
-def all_figures(collected: Collected, tables: Sequence[Table]) -> dict[str, Figure]:
-    """File name without ending -> figure: what `scripts/plot` writes and the page shows."""
-    found = {}
+    Raises:
+        UsageError: one of `curves` is not a number of the records.
+    """
+    check_keys(collected.frame, curves)
+    figures = {}
     for table in tables:
         if table.dataset is None or all(cell.mean is None for cells in table.cells for cell in cells):
             continue
-        name = slug(table.dataset)
+        name = make_slug(table.dataset)
         rows = [row for row, cells in zip(table.rows, table.cells, strict=True) if any(cell.n for cell in cells)]
-        found[f"{name}-accuracy"] = accuracies(table)
-        found[f"{name}-curves"] = curves(collected.frame, table.dataset, rows)
-        found[f"{name}-selection"] = selection(collected.frame, table.dataset, rows)
-    for run in selected_runs(collected):
-        values = learned_gates(run)
-        if values is not None:
-            envs = "-".join(map(str, run.args["test_envs"]))
-            where = f"{run.row} on {run.args['dataset']}, test environment {envs}, trial {run.args['trial_seed']}"
-            found[f"{slug(run.args['dataset'])}-gates-{slug(run.row)}-env{envs}"] = gates(values, where)
-    return found
+        figures[f"{name}-accuracy"] = draw_accuracies(table)
+        figures[f"{name}-curves"] = draw_curves(collected.frame, table.dataset, rows, curves)
+        figures[f"{name}-selection"] = draw_selection(collected.frame, table.dataset, rows)
+    if tables:
+        figures |= draw_gates_of_runs(collected, tables[0].method, [] if notes is None else notes)
+    return figures
 
 
-def slug(text: str) -> str:
-    """Letters and digits of a name, for a file."""
+def make_slug(text: str) -> str:
+    """Return the letters and digits of a name, with hyphens between words, for a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in text).split())

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no files beside it."""
+"""The report as one HTML file that is complete in itself: it loads nothing from the network or from other files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from domainbed_hp import run_dir
 from domainbed_hp.reports.compare import Comparison
-from domainbed_hp.reports.load import Collected
-from domainbed_hp.reports.missing import describe
+from domainbed_hp.reports.load import CollectedRuns
+from domainbed_hp.reports.missing import describe_jobs
 from domainbed_hp.reports.report import Report
 from domainbed_hp.reports.tables import Cell, Table
 from domainbed_hp.run_dir import State
@@ -22,12 +22,12 @@ DPI = 110
 
 def to_html(
     report: Report,
-    collected: Collected,
+    collected: CollectedRuns,
     title: str,
     figures: Mapping[str, Figure],
     comparisons: Sequence[Comparison] = (),
 ) -> str:
-    """Tables that can be sorted and filtered, figures, what is missing, failed jobs, configuration and versions."""
+    """Return the page: tables to sort and filter, figures, missing jobs, failed jobs, configuration and versions."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("domainbed_hp", "reports"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -42,33 +42,33 @@ def to_html(
     return environment.get_template("page.html").render(
         title=title,
         report=report,
-        methods=list(report.by_method()),
-        lines=lines,
+        methods=list(report.group_by_method()),
+        list_lines=list_lines,
         comparisons=comparisons,
-        figures={name: png(figure) for name, figure in figures.items()},
-        missing=describe(report.missing),
-        failed=list(failed(collected)),
-        sections=[(name, name) for name, there in sections.items() if there],
+        figures={name: encode_png(figure) for name, figure in figures.items()},
+        missing=describe_jobs(report.missing),
+        failed=list(find_failed_jobs(collected)),
+        sections=[name for name, shown in sections.items() if shown],
     )
 
 
-def lines(table: Table) -> Iterator[tuple[str, Sequence[Cell], list[int], list[tuple[str, float | None]]]]:
-    """(row, cells, their ranks, (text, value) of its costs)."""
-    costs = [list(zip(cost.format(), cost.values, strict=True)) for cost in table.costs]
-    ranks = table.ranks()
+def list_lines(table: Table) -> Iterator[tuple[str, Sequence[Cell], list[int], list[tuple[str, float | None]]]]:
+    """Yield (row, cells, ranks of the cells, (text, value) of each statistic)."""
+    statistics = [list(zip(statistic.format(), statistic.values, strict=True)) for statistic in table.statistics]
+    ranks = table.rank_cells()
     for i, (row, cells) in enumerate(zip(table.rows, table.cells, strict=True)):
-        yield row, cells, ranks[i], [cost[i] for cost in costs]
+        yield row, cells, ranks[i], [pairs[i] for pairs in statistics]
 
 
-def failed(collected: Collected) -> Iterator[tuple[str, str]]:
-    """(job, last line of its error)."""
-    for planned in collected.planned:
-        if not planned.done and planned.job.state is State.FAILED:
-            yield planned.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.failure(planned.job.folder)
+def find_failed_jobs(collected: CollectedRuns) -> Iterator[tuple[str, str]]:
+    """Yield (job, last line of its error)."""
+    for plan in collected.planned:
+        if not plan.done and plan.job.state is State.FAILED:
+            yield plan.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.failure(plan.job.folder)
 
 
-def png(figure: Figure) -> str:
-    """A figure in base64."""
+def encode_png(figure: Figure) -> str:
+    """Return a figure as PNG in base64."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Tables as LaTeX with booktabs: a document that compiles alone, or a fragment for `\\input`."""
+"""Tables as LaTeX with booktabs: a complete document, or a fragment for `\\input`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LATEX = {character: "\\" + character for character in "%_&#${}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    # At the start of a row these would be read as arguments of the \\ before it.
+    # Bare at the start of a row, these two would be read as arguments of the \\ before it.
     "[": "{[}",
     "*": "{*}",
 }
@@ -31,61 +31,64 @@ FIT = r"""\ifdefined\fitbox\else\newsavebox{\fitbox}\fi
 """
 
 
-def escape(text: str) -> str:
-    """Text as LaTeX prints it; characters that plain pdflatex has no letter for become their code, e.g. U+03BB."""
-    known = [c for c in text if ord(c) < 256 and c not in "«»ÐÞðþ"]
-    return "".join(LATEX.get(c, c if c in known else f"U+{ord(c):04X}") for c in text)
+def escape_latex(text: str) -> str:
+    """Return text for LaTeX; a character that plain pdflatex cannot print becomes its code, e.g. U+03BB."""
+    printable = [c for c in text if ord(c) < 256 and c not in "«»ÐÞðþ"]
+    return "".join(LATEX.get(c, c if c in printable else f"U+{ord(c):04X}") for c in text)
 
 
 def to_latex(report: Report) -> str:
-    """A subsection per selection method, a table per dataset."""
+    """Return a document with a subsection per selection method and a table per data set."""
     lines = [r"\begin{document}", r"\section{Full DomainBed results}", f"% Total records: {report.num_records}"]
-    for method, tables in report.by_method():
-        lines += ["", rf"\subsection{{Model selection: {escape(method.name)}}}"]
+    for method, tables in report.group_by_method():
+        lines += ["", rf"\subsection{{Model selection: {escape_latex(method.name)}}}"]
         for table in tables:
-            lines += ["", rf"\subsubsection{{{escape(table.title)}}}", *centred(report, table)]
+            lines += ["", rf"\subsubsection{{{escape_latex(table.title)}}}", *format_table(report, table)]
     for published in report.published:
-        lines += ["", rf"\subsection{{{escape(published.title)}}}", r"\begin{center}"]
-        lines += [*tabular(published.header, published.lines()), r"\end{center}"]
-        lines += [rf"{{\footnotesize {escape(note)}\par}}" for note in published.notes()]
+        lines += ["", rf"\subsection{{{escape_latex(published.title)}}}", r"\begin{center}"]
+        lines += [*format_tabular(published.header, published.lines()), r"\end{center}"]
+        lines += [rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.notes()]
     return DOCUMENT + FIT + "\n".join([*lines, r"\end{document}"]) + "\n"
 
 
 def to_fragment(report: Report) -> str:
-    """The same tables, each a float with a caption and nothing else."""
+    """Return the same tables as floats with captions, without a preamble."""
     lines = [f"% Total records: {report.num_records}"]
     for table in report.tables:
-        caption = rf"\caption{{{escape(table.title)}, model selection: {escape(table.method.name)}.}}"
-        lines += ["", r"\begin{table}", caption, *centred(report, table), r"\end{table}"]
+        caption = rf"\caption{{{escape_latex(table.title)}, model selection: {escape_latex(table.method.name)}.}}"
+        lines += ["", r"\begin{table}", caption, *format_table(report, table), r"\end{table}"]
     for published in report.published:
-        lines += ["", r"\begin{table}", rf"\caption{{{escape(published.title)}.}}", r"\begin{center}"]
-        lines += [*tabular(published.header, published.lines()), r"\end{center}"]
-        lines += [*(rf"{{\footnotesize {escape(note)}\par}}" for note in published.notes()), r"\end{table}"]
+        lines += ["", r"\begin{table}", rf"\caption{{{escape_latex(published.title)}.}}", r"\begin{center}"]
+        lines += [*format_tabular(published.header, published.lines()), r"\end{center}"]
+        lines += [*(rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.notes()), r"\end{table}"]
     return FRAGMENT + FIT + "\n".join(lines) + "\n"
 
 
-def centred(report: Report, table: Table) -> list[str]:
-    """A table, and under it what its incomplete cells lack."""
-    ranks = table.ranks()
+def format_table(report: Report, table: Table) -> list[str]:
+    """Return the lines of a centred table and, under it, of a note that lists its missing jobs."""
+    ranks = table.rank_cells()
 
-    def show(i: int, j: int, cell: Cell) -> str:
+    def format_cell(i: int, j: int, cell: Cell) -> str:
         text = cell.format(r"$\pm$")
         text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(ranks[i][j], text)
         return text + r"$^{\dagger}$" if cell.missing else text
 
-    grid = [[escape(row), *cells] for row, *cells in table.grid(show)]
-    lines = [r"\begin{center}", *tabular(table.header, grid, raw=True), r"\end{center}"]
-    if notes := report.lacking(table):
-        told = "; ".join(escape(note) for note in notes)
-        lines.append(rf"{{\footnotesize $^{{\dagger}}$ Incomplete, for want of: {told}.\par}}")
+    grid = [[escape_latex(row), *cells] for row, *cells in table.format_lines(format_cell)]
+    lines = [r"\begin{center}", *format_tabular(table.header, grid, raw=True), r"\end{center}"]
+    if notes := report.list_missing(table):
+        jobs = "; ".join(escape_latex(note) for note in notes)
+        lines.append(rf"{{\footnotesize $^{{\dagger}}$ Incomplete, for want of: {jobs}.\par}}")
     return lines
 
 
-def tabular(header: Sequence[str], grid: Sequence[Sequence[str]], raw: bool = False) -> list[str]:
-    """A booktabs table, shrunk where it is wider than the page; cells are escaped unless they are `raw`."""
+def format_tabular(header: Sequence[str], grid: Sequence[Sequence[str]], raw: bool = False) -> list[str]:
+    """Return the lines of a booktabs table, shrunk where it is wider than the page.
+
+    Cells are escaped unless `raw`; the header always is.
+    """
     # DEVIATION: names are escaped and never cut; DomainBed cuts \textbf{...} within its braces.
-    head = [rf"\textbf{{{escape(text)}}}" for text in header]
-    body = [row if raw else [escape(text) for text in row] for row in grid]
+    head = [rf"\textbf{{{escape_latex(text)}}}" for text in header]
+    body = [row if raw else [escape_latex(text) for text in row] for row in grid]
     return [
         r"\fit{%",
         rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}",

@@ -1,50 +1,50 @@
-"""A folder of runs as one table of numbers, and what is known of the runs; runs of two protocols never share a row.
+"""Load a folder of runs: one table of all numbers, and the arguments, hparams and versions of every run.
 
-Records are read one by one and only their numbers stay: a sweep of a million records fits on a laptop.
+Records are read one by one and only their numbers stay in memory: a sweep of a million records fits on a laptop.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pandas as pd
 
 from domainbed_hp.records import FILE_NAME, Record
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.reading import Layout, columns, read, walk
-from domainbed_hp.run_args import PROTOCOL, REMOVED
+from domainbed_hp.reports.rows import assign_rows
 from domainbed_hp.run_dir import DONE
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_sweep
 
-IDENTIFYING = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
-"""Arguments that say where in a table the records of a run belong."""
-WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
-"""Hparams that say which pretrained weights a run started from."""
+REQUIRED_ARGS = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
+"""Arguments that give a run its place in the tables; every record has them."""
 
 
 @dataclass
 class Run:
-    """What the records of one run share."""
+    """One run: everything that its records have in common."""
 
     folder: str
     args: dict[str, Any]
     hparams: dict[str, Any] = field(default_factory=dict)
     versions: list[dict[str, Any]] = field(default_factory=list)
-    """One after the other, where it was resumed under others."""
+    """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
     image_size: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
-    """Under what terms its numbers stand, as far as its method says."""
+    """Unusual conditions that the algorithm declares, e.g. {"transductive": True}."""
     row: str = ""
-    """The row of the tables that it belongs to."""
+    """The row of the tables that the run belongs to."""
 
     @property
     def label(self) -> str:
@@ -52,8 +52,8 @@ class Run:
 
 
 @dataclass
-class Planned:
-    """A job that a sweep lists, and the row that it belongs to."""
+class PlannedJob:
+    """A job that a sweep.json lists, and the row of the tables that it belongs to."""
 
     job: Job
     done: bool
@@ -61,210 +61,223 @@ class Planned:
 
 
 @dataclass
-class Collected:
-    """Everything under a folder.
+class CollectedRuns:
+    """All runs and sweeps under a folder.
 
-    `frame` has one line per record: run (index into `runs`), row, algorithm, dataset, test_envs (tuple), both seeds,
-    step, num_envs, and every number that the record has, NaN where it has none. `num_envs` counts `env{i}_out_acc`
-    from 0 until one is missing, as DomainBed does.
+    `frame` has one line per record, with the columns run (index into `runs`), row, algorithm, dataset, test_envs
+    (tuple), trial_seed, hparams_seed, step, num_envs, and every number of the records (NaN where a record lacks it).
+    `num_envs` counts `env{i}_out_acc` from i = 0 up to the first that is missing, as DomainBed does.
     """
 
     frame: pd.DataFrame = field(default_factory=pd.DataFrame)
     runs: list[Run] = field(default_factory=list)
-    planned: list[Planned] = field(default_factory=list)
+    planned: list[PlannedJob] = field(default_factory=list)
     sweeps: list[dict[str, Any]] = field(default_factory=list)
-    """What each sweep.json says besides its jobs."""
+    """The content of every sweep.json without its jobs."""
     notes: list[str] = field(default_factory=list)
-    """What was left out, or needs an eye."""
+    """Warnings about what was read, for the user: records left out, repeated runs, protocols that differ."""
 
     @property
-    def row_plan(self) -> list[str]:
-        """Labels of rows in the order of the sweeps that planned them."""
+    def planned_labels(self) -> list[str]:
+        """Labels of rows in the order in which the sweeps list them."""
         return list(dict.fromkeys(str(row["label"]) for sweep in self.sweeps for row in sweep["rows"]))
 
-    def trials_of(self, label: str) -> int | None:
-        """How many trials the sweeps plan for a row by itself; None where it has as many as all others."""
-        planned = [each.get("n_trials") for sweep in self.sweeps for each in sweep["rows"] if each["label"] == label]
-        return max(planned) if planned and all(planned) else None
+    def count_planned_trials(self, label: str) -> int | None:
+        """Return how many trials the sweeps plan for this row alone; None where a sweep plans the usual number."""
+        numbers = [row.get("n_trials") for sweep in self.sweeps for row in sweep["rows"] if row["label"] == label]
+        return max(numbers) if numbers and all(numbers) else None
 
 
-def load(input_dir: str | Path) -> Collected:
-    """All runs under a folder, in sorted order.
+def load_runs(input_dir: str | Path) -> CollectedRuns:
+    """Load all runs under a folder, in the order of their sorted paths.
 
     Raises:
-        UsageError: not a folder, something in it cannot be read, or a record lacks what model selection needs.
+        UsageError: `input_dir` is not a folder, a file in it cannot be read, or a record lacks a key that model
+            selection needs.
     """
-    collected = Collected()
-
-    def found() -> Iterator[tuple[str, Record]]:
-        for folder, files in walk(Path(input_dir)):
-            if SWEEP_FILE in files:
-                sweep, jobs = load_sweep(Path(folder))
-                for job in jobs:
-                    check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
-                collected.sweeps.append(sweep)
-                collected.planned.extend(Planned(job, (job.folder / DONE).exists()) for job in jobs)
-            if FILE_NAME in files:
-                for record in read(os.path.join(folder, FILE_NAME), collected.notes):
-                    yield folder, record
-
-    collecting = gc.isenabled()
-    gc.disable()  # records are many and hold no cycles: a tenth faster
+    collected = CollectedRuns()
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # Records are many and hold no reference cycles: loading takes a tenth less time.
     try:
-        return collect(found(), collected)
+        return collect_records(read_folders(Path(input_dir), collected), collected)
     finally:
-        if collecting:
+        if gc_was_enabled:
             gc.enable()
 
 
-def collect(found: Iterable[tuple[str, Record]], collected: Collected | None = None) -> Collected:
-    """(folder, record) pairs as one table; consecutive records of one folder and the same arguments are a run.
+def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[str, Record]]:
+    """Yield (folder, record) for every record under a folder; add its sweeps, planned jobs and notes to `collected`."""
+    for folder, files in walk_folders(input_dir):
+        if SWEEP_FILE in files:
+            sweep, jobs = load_sweep(Path(folder))
+            for job in jobs:
+                check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
+            collected.sweeps.append(sweep)
+            collected.planned.extend(PlannedJob(job, (job.folder / DONE).exists()) for job in jobs)
+        if FILE_NAME in files:
+            for record in read_records(os.path.join(folder, FILE_NAME), collected.notes):
+                yield folder, record
 
-    What is `collected` already, also while `found` is read, tells rows apart with them.
+
+def walk_folders(input_dir: Path) -> Iterator[tuple[str, set[str]]]:
+    """Yield (folder, names of its files) in sorted order, symbolic links followed, every real folder once."""
+
+    def raise_usage_error(error: OSError) -> None:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}; expected a folder of runs") from error
+
+    seen: set[tuple[int, int]] = set()
+    # DEVIATION: DomainBed looks one level deep and finds nothing in nested sweeps.
+    for folder, subfolders, files in os.walk(input_dir, onerror=raise_usage_error, followlinks=True):
+        status = os.stat(folder)
+        if (inode := (status.st_dev, status.st_ino)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(inode)
+        subfolders.sort()
+        yield folder, set(files)
+
+
+def read_records(path: str, notes: list[str]) -> Iterator[Record]:
+    """Yield the records of a results.jsonl; add a note for torn lines, an empty file, and NaN."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if not any(map(bytes.strip, lines)):
+        notes.append(f"{path} is empty")
+    nan = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
+            try:
+                record = json.loads(line)
+                nan += 1
+            except ValueError:
+                record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
+    if nan:
+        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN loses to any other")
+
+
+def collect_records(records: Iterable[tuple[str, Record]], collected: CollectedRuns | None = None) -> CollectedRuns:
+    """Put (folder, record) pairs into one table; consecutive records of one folder with equal arguments are one run.
+
+    `collected` holds the sweeps and notes that go with the records; the runs and the table are added to it.
     """
-    collected = collected or Collected()
+    collected = collected or CollectedRuns()
     runs = collected.runs
-    run_of = array("q")
-    layouts: dict[tuple[str, ...], Layout] = {}
+    run_of_record = array("q")
+    stores: dict[tuple[str, ...], NumberStore] = {}
     args: dict[str, Any] | None = None
-    folder_of: str | None = None
-    layout: Layout | None = None
-    for folder, record in found:
-        new_run = args is None or folder != folder_of or record.get("args") != args
+    last_folder: str | None = None
+    store: NumberStore | None = None
+    for folder, record in records:
+        new_run = args is None or folder != last_folder or record.get("args") != args
         if new_run:
-            args, folder_of = record.get("args") or {}, folder
+            args, last_folder = record.get("args") or {}, folder
             check_args(args, f"a record of {folder}")
             hparams, protocol = record.get("hparams", {}), record.get("protocol", {})
             runs.append(Run(folder, args, hparams, [], record.get("image_size"), protocol))
         if "versions" in record and record["versions"] not in runs[-1].versions[-1:]:
             runs[-1].versions.append(record["versions"])
-        before, keys = layout, tuple(record)
-        layout = layouts.get(keys)
-        if new_run or layout is not before or layout is None:
-            needed = ["step", *(f"env{i}_{split}_acc" for i in runs[-1].args["test_envs"] for split in ("in", "out"))]
-            if missing := [key for key in needed if key not in record]:
-                raise lacking(f"a record of {folder}", missing)
-        if layout is None:
-            layout = layouts[keys] = Layout(record)
-        layout.add(record, len(run_of))
-        run_of.append(len(runs) - 1)
-    frame = pd.DataFrame({"run": np.array(run_of, dtype=int), **columns(len(run_of), layouts.values())})
-    for name in IDENTIFYING:
-        values = np.empty(len(runs), dtype=object)
-        values[:] = [tuple(run.args[name]) if name == "test_envs" else run.args[name] for run in runs]
-        each = pd.Series(values[frame["run"]], dtype=object)  # object: quicker to iterate than pandas' strings
-        frame[name] = each.astype(int) if name.endswith("_seed") else each
-    collected.frame = frame
-    return tell_apart(collected)
-
-
-def check_args(args: Mapping[str, Any], whose: str) -> None:
-    if missing := [key for key in IDENTIFYING if key not in args]:
-        raise lacking(whose, [f"args.{key}" for key in missing])
-
-
-def lacking(whose: str, missing: Sequence[str]) -> UsageError:
-    return UsageError(
-        f"{whose} has no {', '.join(missing)}; a record needs args.algorithm, args.dataset, args.test_envs, "
-        "args.trial_seed, args.hparams_seed, step, env{i}_out_acc of every environment i and env{t}_in_acc of every "
-        "test environment t"
-    )
-
-
-def tell_apart(collected: Collected) -> Collected:
-    """Give runs and planned jobs their rows: their label, and behind it in what their protocol differs from others'."""
-    # DEVIATION: DomainBed merges whatever shares (dataset, algorithm, test_envs, seeds), without a word.
-    groups: dict[tuple[str, str], list[Run | Planned]] = defaultdict(list)
-    for run in collected.runs:
-        groups[run.label, run.args["dataset"]].append(run)
-    for plan in collected.planned:
-        groups[plan.job.row, plan.job.args["dataset"]].append(plan)
-    for (label, dataset), members in groups.items():
-        protocols = compared(members)
-        wrote: dict[str, set[str]] = defaultdict(set)
-        for values in protocols:
-            for name, value in values.items():
-                wrote[name].add(value)
-        differing = [name for name, values in wrote.items() if len(values) > 1]
-        for member, values in zip(members, protocols, strict=True):
-            told = ", ".join(f"{name}={values.get(name, 'unknown')}" for name in differing)
-            member.row = f"{label} ({told})" if told else label
-        match_plans(members, protocols)
-        if differing:
-            runs = Counter(member.row for member in members if isinstance(member, Run))
-            told = ", ".join(f"{row!r} ({number} runs)" for row, number in runs.items())
-            what = ", ".join(differing)
-            collected.notes.append(f"runs of {label!r} on {dataset} differ in {what} and are rows of their own: {told}")
-    collected.notes += twice(collected)
-    rows = np.array([run.row for run in collected.runs], dtype=object)
-    collected.frame["row"] = pd.Series(rows[collected.frame["run"]], dtype=object)
+        last_store, keys = store, tuple(record)
+        store = stores.get(keys)
+        if new_run or store is not last_store or store is None:
+            accs = [f"env{i}_{split}_acc" for i in runs[-1].args["test_envs"] for split in ("in", "out")]
+            check_keys(record, ["step", *accs], f"a record of {folder}")
+        if store is None:
+            store = stores[keys] = NumberStore(record)
+        store.add(record, len(run_of_record))
+        run_of_record.append(len(runs) - 1)
+    columns = make_columns(len(run_of_record), stores.values())
+    collected.frame = pd.DataFrame({"run": np.array(run_of_record, dtype=int), **columns})
+    for name in REQUIRED_ARGS:
+        values = [tuple(run.args[name]) if name == "test_envs" else run.args[name] for run in runs]
+        column = spread(values, collected.frame["run"])
+        collected.frame[name] = column.astype(int) if name.endswith("_seed") else column
+    assign_rows(collected)
+    collected.frame["row"] = spread([run.row for run in runs], collected.frame["run"])
+    collected.notes += describe_repeated_runs(collected)
     return collected
 
 
-def twice(collected: Collected) -> list[str]:
-    """Records that would count twice, a line for each pair of folders; leave-one-out leaves such steps out."""
-    runs_of: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+def spread(values: list[Any], run_of_record: pd.Series) -> pd.Series:
+    """Return a column that holds, for every record, the value of its run."""
+    by_run = np.empty(len(values), dtype=object)
+    by_run[:] = values
+    return pd.Series(by_run[run_of_record], dtype=object)  # Objects are quicker to iterate than pandas' strings.
+
+
+def check_args(args: Collection[str], source: str) -> None:
+    """Raise `UsageError` where arguments lack one of `REQUIRED_ARGS`; `source` says where they were read."""
+    check_keys([f"args.{name}" for name in args], [f"args.{name}" for name in REQUIRED_ARGS], source)
+
+
+def check_keys(keys: Collection[str], required: Iterable[str], source: str) -> None:
+    """Raise `UsageError` where one of the required keys is absent; `source` says where the keys were read."""
+    if missing := [key for key in required if key not in keys]:
+        raise UsageError(
+            f"{source} has no {', '.join(missing)}; a record needs args.algorithm, args.dataset, args.test_envs, "
+            "args.trial_seed, args.hparams_seed, step, env{i}_out_acc of every environment i and env{t}_in_acc of "
+            "every test environment t"
+        )
+
+
+def describe_repeated_runs(collected: CollectedRuns) -> list[str]:
+    """Return a note for every run whose records would count more than once; leave-one-out leaves such steps out."""
+    runs_at: dict[tuple[Any, ...], list[int]] = {}
     for i, run in enumerate(collected.runs):
         seeds = run.args["trial_seed"], run.args["hparams_seed"]
-        runs_of[run.row, run.args["dataset"], *seeds, tuple(sorted(run.args["test_envs"]))].append(i)
-    repeats = collected.frame.duplicated(["run", "step"]) if collected.runs else pd.Series(dtype=bool)
-    torn = set(collected.frame.loc[repeats, "run"]) if repeats.any() else set()
-    lines = []
-    for same in runs_of.values():
-        if len(same) > 1 or same[0] in torn:
-            here = collected.frame[collected.frame["run"].isin(same)]
-            folders = dict.fromkeys(collected.runs[i].folder for i in same)
-            if here.duplicated("step").any():
-                lines.append(f"the same run twice, and counted twice: {' and '.join(folders)}")
-    return lines
+        place = run.row, run.args["dataset"], *seeds, tuple(sorted(run.args["test_envs"]))
+        runs_at.setdefault(place, []).append(i)
+    repeated = collected.frame.duplicated(["run", "step"]) if collected.runs else pd.Series(dtype=bool)
+    runs_with_repeats = set(collected.frame.loc[repeated, "run"]) if repeated.any() else set()
+    notes = []
+    for runs in runs_at.values():
+        if len(runs) > 1 or runs[0] in runs_with_repeats:
+            records = collected.frame[collected.frame["run"].isin(runs)]
+            folders = dict.fromkeys(collected.runs[i].folder for i in runs)
+            if records.duplicated("step").any():
+                notes.append(
+                    f"records of one run are there more than once, and all of them count: {' and '.join(folders)}; "
+                    "remove the copies"
+                )
+    return notes
 
 
-def match_plans(members: Sequence[Run | Planned], protocols: Sequence[Mapping[str, str]]) -> None:
-    """Give a planned job the row of its own run, or else of the only runs that it does not contradict."""
-    runs = [(m, values) for m, values in zip(members, protocols, strict=True) if isinstance(m, Run)]
-    by_folder = {run.folder: run.row for run, _ in runs}
-    kinds = {run.row: values for run, values in runs}
-    for plan, values in zip(members, protocols, strict=True):
-        if isinstance(plan, Planned):
-            fits = [
-                row for row, of in kinds.items() if all(of.get(name, value) == value for name, value in values.items())
-            ]
-            plan.row = by_folder.get(str(plan.job.folder), fits[0] if len(fits) == 1 else plan.row)
+class NumberStore:
+    """The numbers of all records that have the same keys, 8 bytes each."""
+
+    def __init__(self, record: Record) -> None:
+        self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
+        self.get_values = itemgetter(*self.names)
+        self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
+        self.numbers, self.positions = array("d"), array("q")
+
+    def add(self, record: Record, position: int) -> None:
+        """Store the numbers of a record; `position` is its line of the table."""
+        values = list(self.get_values(record))
+        try:
+            self.numbers.fromlist(values)  # all or none
+        except TypeError:
+            self.numbers.fromlist([value if type(value) in (float, int) else math.nan for value in values])
+        self.positions.append(position)
 
 
-def compared(members: Sequence[Run | Planned]) -> list[dict[str, str]]:
-    """The protocol of each: what must be equal in one row, in words. Only what both of two wrote is compared."""
-    defaults = {**PROTOCOL, "hparams": None}
-    args_of = [member.args if isinstance(member, Run) else defaults | member.job.args for member in members]
-    overrides_of = [overrides(args) for args in args_of]
-    names = dict.fromkeys(name for each in overrides_of for name in each or ())
-    found = []
-    for member, args, own in zip(members, args_of, overrides_of, strict=True):
-        values = REMOVED | {name: args[name] for name in PROTOCOL if name in args}
-        if own is not None:
-            values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
-        if isinstance(member, Run):
-            values |= {name: member.hparams.get(name, "none") for name in WEIGHTS if member.hparams}
-            values |= {} if member.image_size is None else {"image_size": member.image_size}
-        found.append({name: words(value) for name, value in values.items()})
-    return found
-
-
-def overrides(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `--hparams` of a run sets, however it was typed; None where its arguments do not say."""
-    if "hparams" not in args:
-        return None
-    try:
-        found = json.loads(args["hparams"] or "{}")
-    except (TypeError, ValueError):
-        found = args["hparams"]
-    return found if isinstance(found, dict) else {"hparams": found}
-
-
-def words(value: object) -> str:
-    """A value as a table shows it."""
-    if value is None:
-        return "default"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+def make_columns(length: int, stores: Iterable[NumberStore]) -> dict[str, np.ndarray]:
+    """Return `num_envs`, `step` and every other number as columns of `length`; NaN where a record lacks it."""
+    columns = {"num_envs": np.zeros(length, dtype=int), "step": np.zeros(length, dtype=int)}
+    for store in stores:
+        positions = np.array(store.positions)
+        columns["num_envs"][positions] = store.num_envs
+        values = np.array(store.numbers).reshape(len(positions), -1)
+        for name, column in zip(store.names, values.T, strict=True):
+            columns.setdefault(name, np.full(length, math.nan))[positions] = column
+    return columns

@@ -1,4 +1,4 @@
-"""All that the formats show: tables, what they lack, and where their numbers come from."""
+"""The report: tables, the jobs that they lack, and the origin of their numbers. Every format is made from it."""
 
 from __future__ import annotations
 
@@ -8,104 +8,113 @@ from itertools import groupby
 from typing import Any
 
 from domainbed_hp import registry
-from domainbed_hp.model_selection import METHODS, SelectionMethod
+from domainbed_hp.model_selection import SelectionMethod, load_selection_methods
 from domainbed_hp.reports import tables
-from domainbed_hp.reports.load import Collected
-from domainbed_hp.reports.missing import Missing, describe, find_missing
+from domainbed_hp.reports.load import CollectedRuns
+from domainbed_hp.reports.missing import MissingJob, describe_jobs, find_missing
 from domainbed_hp.reports.published import PublishedTable
 from domainbed_hp.reports.tables import Table
 
 
 @dataclass
 class Report:
-    """Tables of one collection of runs under every selection method, the same method's together."""
+    """Tables of one collection of runs under every selection method; tables of one method follow each other."""
 
     tables: list[Table]
     num_records: int
-    missing: list[Missing] = field(default_factory=list)
+    missing: list[MissingJob] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What the tables do not tell."""
+    """Warnings for the user: everything about the numbers that the tables do not show."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    no_runs: list[str] = field(default_factory=list)
-    """Rows that have nothing on a data set that others have something on."""
+    absent_rows: list[str] = field(default_factory=list)
+    """A line for every row without a run on a data set that other rows have runs on."""
     published: list[PublishedTable] = field(default_factory=list)
 
-    def by_method(self) -> Iterator[tuple[SelectionMethod, list[Table]]]:
+    def group_by_method(self) -> Iterator[tuple[type[SelectionMethod], list[Table]]]:
+        """Yield (selection method, its tables)."""
         for _, group in groupby(self.tables, key=lambda table: table.method.name):
-            each = list(group)
-            yield each[0].method, each
+            members = list(group)
+            yield members[0].method, members
 
-    def lacking(self, table: Table) -> list[str]:
-        """The jobs that would complete the marked cells of a table, in words."""
-        return describe(
-            each
-            for each in self.missing
-            if each.row in table.rows
-            and table.dataset in (None, each.dataset)
-            and any(each.completes(each.row, each.dataset, env, table.method) for env in each.test_envs)
+    def list_missing(self, table: Table) -> list[str]:
+        """Return a line for the jobs that would complete the marked cells of a table."""
+        return describe_jobs(
+            job
+            for job in self.missing
+            if job.row in table.rows
+            and table.dataset in (None, job.dataset)
+            and any(job.completes(env, table.method) for env in job.test_envs)
         )
 
 
-def make(collected: Collected, cost_names: Sequence[str] = ()) -> Report:
-    """The report of what was collected."""
+def make_report(collected: CollectedRuns, statistics: Sequence[str] = ()) -> Report:
+    """Return the report of collected runs; `statistics` names columns, see `tables.make_statistics`.
+
+    Raises:
+        UsageError: a statistic is neither one of `tables.COSTS` nor a number of the records.
+    """
+    tables.check_keys(collected.frame, statistics, list(tables.COSTS))
     missing = find_missing(collected)
-    built = [t for method in METHODS for t in tables.build(collected, method, missing, cost_names)]
-    notes = (
-        collected.notes
-        + unknown(collected)
-        + terms(collected)
-        + fewer(collected)
-        + tables.unpaired(built, collected.frame)
-    )
+    built = [t for m in load_selection_methods() for t in tables.build_tables(collected, m, missing, statistics)]
+    notes = [
+        *collected.notes,
+        *describe_unregistered(collected),
+        *describe_conditions(collected),
+        *describe_short_rows(collected),
+        *tables.explain_empty_cells(built, collected.frame),
+    ]
     folders = {run.folder for run in collected.runs}
-    started = sum(not planned.done and str(planned.job.folder) in folders for planned in collected.planned)
+    started = sum(not plan.done and str(plan.job.folder) in folders for plan in collected.planned)
     if started:
         notes.append(f"{started} jobs are not done; what they have recorded so far is counted")
-    no_runs = tables.no_runs(built, collected.frame)
-    return Report(built, len(collected.frame), missing, notes, provenance(collected), no_runs)
+    absent_rows = tables.describe_absent_rows(built, collected.frame)
+    return Report(built, len(collected.frame), missing, notes, make_provenance(collected), absent_rows)
 
 
-def unknown(collected: Collected) -> list[str]:
-    """What the registry does not know, a line each."""
+def describe_unregistered(collected: CollectedRuns) -> list[str]:
+    """Return a line for every data set and algorithm that the registry does not know."""
     datasets, algorithms = (
         sorted(set(collected.frame[name]) - set(known))
         for name, known in (("dataset", registry.DATASETS), ("algorithm", registry.ALGORITHMS))
     )
-    return [f"data set {name!r} is not registered: its environments are numbered" for name in datasets] + [
-        f"algorithm {name!r} is not registered: its rows come last" for name in algorithms
+    hint = "--import MODULE registers it"
+    return [f"data set {name!r} is not registered: its environments are numbered; {hint}" for name in datasets] + [
+        f"algorithm {name!r} is not registered: its rows come last; {hint}" for name in algorithms
     ]
 
 
-TERMS = {
+CONDITIONS = {
     "transductive": "predicts from all images of a test batch (transductive)",
     "source_free": "never trained on images (source-free)",
 }
+"""Key of a run's protocol -> the condition in words; the usual one is to train on the sources and to predict image by
+image."""
 
 
-def terms(collected: Collected) -> list[str]:
-    """Rows whose numbers stand under other terms than training on the sources and predicting image by image."""
-    rows = {name: dict.fromkeys(run.row for run in collected.runs if run.protocol.get(name)) for name in TERMS}
-    return [f"{', '.join(found)}: {TERMS[name]}" for name, found in rows.items() if found]
+def describe_conditions(collected: CollectedRuns) -> list[str]:
+    """Return a line for every unusual condition, with the rows that it holds for."""
+    rows = {name: dict.fromkeys(run.row for run in collected.runs if run.protocol.get(name)) for name in CONDITIONS}
+    return [f"{', '.join(names)}: {CONDITIONS[name]}" for name, names in rows.items() if names]
 
 
-def fewer(collected: Collected) -> list[str]:
-    """Rows that have fewer trials than others because their sweep says so."""
+def describe_short_rows(collected: CollectedRuns) -> list[str]:
+    """Return a line that names the rows for which a sweep plans fewer trials than others have; none: no line."""
     most = collected.frame["trial_seed"].nunique() if len(collected.frame) else 0
-    planned = {label: collected.trials_of(label) for label in collected.row_plan}
-    few = [f"{label} ({n})" for label, n in planned.items() if n and n < most]
-    return [f"fewer trials than {most}, as planned: {', '.join(few)}"] if few else []
+    planned = {label: collected.count_planned_trials(label) for label in collected.planned_labels}
+    short = [f"{label} ({n})" for label, n in planned.items() if n and n < most]
+    return [f"fewer trials than {most}, as planned: {', '.join(short)}"] if short else []
 
 
-def provenance(collected: Collected) -> dict[str, Any]:
-    """Where the numbers come from: what was launched, and what it ran on."""
-    seen: dict[str, set[str]] = {}
+def make_provenance(collected: CollectedRuns) -> dict[str, Any]:
+    """Return the number of records and runs, the versions that they were made with, and the sweeps."""
+    versions: dict[str, set[str]] = {}
     for run in collected.runs:
-        for versions in run.versions:
-            for name, value in versions.items():
-                seen.setdefault(name, set()).add(str(value))
+        for entry in run.versions:
+            for name, value in entry.items():
+                versions.setdefault(name, set()).add(str(value))
     return {
         "records": len(collected.frame),
         "runs": len(collected.runs),
-        "versions": {name: sorted(values) for name, values in sorted(seen.items())},
+        "versions": {name: sorted(values) for name, values in sorted(versions.items())},
         "sweeps": collected.sweeps,
     }

@@ -1,7 +1,9 @@
 """Command line: argparse in, exit code out."""
 
+import contextlib
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import EXIT_TAKEN, Taken
@@ -14,3 +16,20 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_TAKEN if isinstance(error, Taken) else 2
+
+
+@contextlib.contextmanager
+def pause_gc() -> Iterator[None]:
+    """Import torch and what builds on it without garbage collection, and leave the new objects out of all later ones.
+
+    Imports make no garbage to speak of. Searching it, then and at exit, took 1.4 s of the 4 s CPU of a run of one step.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -1,7 +1,7 @@
-"""Print the tables of a sweep: a table per dataset and one of averages, under each of DomainBed's selection methods.
+"""Print the results of a sweep: a table per data set and one of averages, under every selection rule.
 
-Without a flag for another format stdout is what DomainBed's collector prints. What the tables cannot show (missing
-jobs, broken lines, rows told apart) goes to stderr.
+Without a flag for another format, stdout is what DomainBed's collect_results.py prints, and the same text is written to
+--input_dir. Notes on the records (missing jobs, broken lines, runs of different protocols) go to stderr.
 """
 
 import argparse
@@ -12,126 +12,175 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from domainbed_hp.plugins import import_plugins
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports import latex, load, published, report, tables, text_formats
-from domainbed_hp.reports.load import Collected
-from domainbed_hp.reports.missing import describe, launchable
-from domainbed_hp.reports.report import Report
+from domainbed_hp.reports import latex, text_formats
+from domainbed_hp.reports.load import CollectedRuns, load_runs
+from domainbed_hp.reports.missing import describe_jobs, list_jobs
+from domainbed_hp.reports.published import make_published_tables
+from domainbed_hp.reports.report import Report, make_report
+from domainbed_hp.reports.tables import list_environments
 from domainbed_hp.scripts import run
 
 if TYPE_CHECKING:
     from domainbed_hp.reports.compare import Comparison
 
 FORMATS: dict[str, tuple[str, Callable[[Report], str], str]] = {
-    "text": ("results.txt", text_formats.to_text, "DomainBed's layout (the default)"),
-    "latex": ("results.tex", latex.to_latex, "a LaTeX document"),
-    "latex_fragment": ("results_fragment.tex", latex.to_fragment, "LaTeX for \\input"),
-    "markdown": ("results.md", text_formats.to_markdown, "Markdown"),
-    "csv": ("results.csv", text_formats.to_csv, "one line per cell, unrounded"),
-    "json": ("results.json", text_formats.to_json, "all that is known"),
+    "text": ("results.txt", text_formats.to_text, "print DomainBed's layout (the default)"),
+    "latex": ("results.tex", latex.to_latex, "print a LaTeX document"),
+    "latex_fragment": ("results_fragment.tex", latex.to_fragment, "print LaTeX tables for \\input in a document"),
+    "markdown": ("results.md", text_formats.to_markdown, "print Markdown"),
+    "csv": ("results.csv", text_formats.to_csv, "print one line per cell, not rounded"),
+    "json": ("results.json", text_formats.to_json, "print everything as JSON: cells, missing jobs, notes, versions"),
 }
-"""Flag -> file in --input_dir, format, help."""
+"""Flag -> name of the file in --input_dir, function that makes the text, help."""
 PROVENANCE = "provenance.json"
-SHOWN = 20
-"""Lines of missing jobs on stderr."""
+MAX_LINES = 20
+"""Number of lines about missing jobs that go to stderr."""
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.collect_results", description=__doc__)
-    p.add_argument("--input_dir", type=Path, default=Path("results/quickstart"), help="default: %(default)s")
+    add_input_flags(p)
     formats = p.add_mutually_exclusive_group()
     for name, (file, _, text) in FORMATS.items():
         formats.add_argument(
-            f"--{name}", dest="format", action="store_const", const=name, default="text", help=f"{text}; also {file}"
+            f"--{name}",
+            dest="format",
+            action="store_const",
+            const=name,
+            default="text",
+            help=f"{text}; also written to {file}",
         )
     p.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with tables, figures and what is missing, too"
+        "--html", type=Path, metavar="FILE", help="write an HTML page with tables, figures and missing jobs to FILE"
     )
-    p.add_argument("--columns", nargs="+", choices=list(tables.COSTS), default=[], help="what a row costs")
-    p.add_argument("--with_published", action="store_true", help="numbers of papers, set apart")
     p.add_argument(
-        "--compare", nargs=2, metavar="ROW", help="the first row minus the second, paired, in place of tables"
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="add columns: params (number of trained parameters), step_time (median), memory (largest, on a GPU), or "
+        "any number of the records by its key, e.g. val_mmd: its mean over the chosen checkpoints of a row",
     )
-    p.add_argument("--missing", type=Path, metavar="FILE", help="write the missing jobs for `sweep launch --jobs FILE`")
-    p.add_argument("--strict", action="store_true", help="an error where a job is missing or records need an eye")
+    p.add_argument("--with_published", action="store_true", help="add tables of numbers that papers report")
+    p.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="ROW",
+        help="print the first row minus the second, paired by trial and environment, instead of the tables",
+    )
+    p.add_argument(
+        "--missing", type=Path, metavar="FILE", help="write the missing jobs to FILE, for `sweep launch --jobs FILE`"
+    )
+    p.add_argument("--strict", action="store_true", help="fail if a job is missing or there is a note on the records")
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    found = load.load(args.input_dir)
-    if not found.runs:
-        raise nothing(args.input_dir)
-    made = report.make(found, args.columns)
-    if args.with_published:
-        made.published = published.beside(tables.environments(found.frame))
-    if args.missing:
-        write(args.missing, json.dumps(launchable(made.missing), indent=1) + "\n")
-    tell(made, args.missing)
-    if args.strict and (made.missing or made.no_runs or found.notes):
+def add_input_flags(p: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add the flags of every script that reads a folder of runs: --input_dir and --import."""
+    default = None if required else Path("results/quickstart")
+    help_text = "folder of runs, searched at any depth" + ("" if required else " (default: %(default)s)")
+    p.add_argument("--input_dir", type=Path, required=required, default=default, help=help_text)
+    p.add_argument(
+        "--import",
+        dest="imports",
+        nargs="+",
+        metavar="MODULE",
+        default=[],
+        help="modules of your own that define data sets, algorithms or selection rules",
+    )
+
+
+def load_input(args: argparse.Namespace) -> CollectedRuns:
+    """Import the modules of --import and load the runs of --input_dir; `UsageError` if there is none."""
+    import_plugins(args.imports)
+    collected = load_runs(args.input_dir)
+    if not collected.runs:
         raise UsageError(
-            f"--strict: {len(made.missing)} jobs are missing, {len(made.no_runs)} rows have no runs on a data set, "
-            f"{len(found.notes)} notes are on records: see above. Nothing is printed. "
+            f"nothing to collect: no results.jsonl with a record under {args.input_dir}. Launch a sweep first "
+            "(python -m domainbed_hp.scripts.sweep launch; --help lists its flags) or name its folder with --input_dir"
+        )
+    return collected
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    collected = load_input(args)
+    report = make_report(collected, args.columns)
+    if args.with_published:
+        report.published = make_published_tables(list_environments(collected.frame))
+    if args.missing:
+        write_file(args.missing, json.dumps(list_jobs(report.missing), indent=1) + "\n")
+    print_notes([*report.notes, *report.absent_rows])
+    print_missing(report, args.missing)
+    if args.strict and (report.missing or report.absent_rows or collected.notes):
+        raise UsageError(
+            f"--strict: {len(report.missing)} jobs are missing, {len(report.absent_rows)} rows have no runs on a data "
+            f"set, {len(collected.notes)} notes are on records: see above. Nothing is printed. "
             "--missing FILE writes the jobs for `sweep launch --jobs FILE`"
         )
 
     comparisons = []
     if args.compare:
-        from domainbed_hp.reports.compare import compare  # scipy takes a second
+        from domainbed_hp.reports.compare import compare_rows  # scipy takes a second to import
 
-        comparisons = compare(found.frame, *args.compare)
-        print("\n\n".join(comparison.text() for comparison in comparisons))
+        comparisons = compare_rows(collected.frame, *args.compare)
+        print("\n\n".join(comparison.to_text() for comparison in comparisons))
     else:
-        file, to, _ = FORMATS[args.format]
-        text = to(made)
+        file, make_text, _ = FORMATS[args.format]
+        text = make_text(report)
         print(text, end="")
-        keep(args.input_dir / file, text)
-        keep(args.input_dir / PROVENANCE, json.dumps(made.provenance, indent=1) + "\n")
+        write_copy(args.input_dir / file, text)
+        write_copy(args.input_dir / PROVENANCE, json.dumps(report.provenance, indent=1) + "\n")
     if args.html:
-        write(args.html, page(made, found, str(args.input_dir), comparisons))
+        write_file(args.html, make_page(report, collected, str(args.input_dir), comparisons))
         print(f"page: {args.html}", file=sys.stderr)
     return 0
 
 
-def nothing(input_dir: Path) -> UsageError:
-    return UsageError(
-        f"nothing to collect: no results.jsonl with a record under {input_dir}. Launch a sweep first "
-        "(python -m domainbed_hp.scripts.sweep launch; --help lists its flags) or name its folder with --input_dir"
-    )
-
-
-def tell(made: Report, written: Path | None) -> None:
-    """What the tables do not show, on stderr."""
-    for note in [*made.notes, *made.no_runs]:
+def print_notes(notes: Sequence[str]) -> None:
+    """Print notes to stderr."""
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    lines = describe(made.missing)
-    for line in lines[:SHOWN]:
+
+
+def print_missing(report: Report, jobs_file: Path | None) -> None:
+    """Print the missing jobs to stderr, and the command that launches them if they were written to a file."""
+    lines = describe_jobs(report.missing)
+    for line in lines[:MAX_LINES]:
         print(f"missing: {line}", file=sys.stderr)
-    if lines[SHOWN:]:
-        print(f"missing: and {len(lines) - SHOWN} lines more; --json lists them all", file=sys.stderr)
-    if lines and written:
-        command = f"python -m domainbed_hp.scripts.sweep launch --jobs {shlex.quote(str(written))}"
+    if lines[MAX_LINES:]:
+        print(f"missing: and {len(lines) - MAX_LINES} lines more; --json lists them all", file=sys.stderr)
+    if lines and jobs_file:
+        command = f"python -m domainbed_hp.scripts.sweep launch --jobs {shlex.quote(str(jobs_file))}"
         print(f"To complete the tables: {command}", file=sys.stderr)
 
 
-def page(made: Report, found: Collected, title: str, comparisons: Sequence["Comparison"]) -> str:
-    from domainbed_hp.model_selection import IIDAccuracy
-    from domainbed_hp.reports.figures import all_figures  # matplotlib takes a second
+def make_page(report: Report, collected: CollectedRuns, title: str, comparisons: Sequence["Comparison"]) -> str:
+    """Return the HTML page, with figures under the first selection rule; their notes are added to the report's."""
+    from domainbed_hp.reports.figures import draw_figures  # matplotlib takes a second to import
     from domainbed_hp.reports.html import to_html
 
-    shown = [table for table in made.tables if table.method is IIDAccuracy]
-    return to_html(made, found, title, all_figures(found, shown), comparisons)
+    notes: list[str] = []
+    _, tables = next(report.group_by_method())
+    figures = draw_figures(collected, tables, notes=notes)
+    print_notes(notes)
+    report.notes += notes
+    return to_html(report, collected, title, figures, comparisons)
 
 
-def write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a file that the user asked for; `UsageError` if that is impossible."""
     try:
         path.write_text(text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def keep(path: Path, text: str) -> None:
-    """Leave beside the runs what is printed; a folder that cannot be written to is no reason to stop."""
+def write_copy(path: Path, text: str) -> None:
+    """Write a copy of the output into the folder of runs, or print a note if that is impossible."""
     try:
         path.write_text(text)
     except OSError as error:

@@ -46,8 +46,8 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
         hparams = {name: value for name, value in general.items() if name in names} | own | row.hparams
         for dataset in spec.datasets:
             try:
-                resolved = hparams_registry.resolve(row.algorithm, dataset, spec.n_hparams_from, 0, hparams)
-                hparams_registry.check_validation(resolved, spec.run_args.holdout_fraction > 0)
+                resolved = hparams_registry.resolve_hparams(row.algorithm, dataset, spec.n_hparams_from, 0, hparams)
+                hparams_registry.check_validation_images(resolved, spec.run_args.holdout_fraction > 0)
             except UsageError as error:
                 raise UsageError(f"{row.name} on {dataset}: {error}") from error
         rows.append(replace(row, hparams=hparams))
@@ -59,7 +59,11 @@ def list_hparams(row: Row, spec: SweepSpec, choices: Mapping[str, Any]) -> set[s
     from domainbed_hp import hparams_registry
 
     try:
-        return {name for dataset in spec.datasets for name in hparams_registry.known(row.algorithm, dataset, choices)}
+        return {
+            name
+            for dataset in spec.datasets
+            for name in hparams_registry.known_hparams(row.algorithm, dataset, choices)
+        }
     except UsageError as error:
         raise UsageError(f"{row.name}: {error}") from error
 
@@ -68,13 +72,13 @@ def check_data(spec: SweepSpec, rows: Sequence[Row]) -> None:
     """Open every data set. `UsageError` where one is not there; a note on stderr where prepared data is out of date."""
     from domainbed_hp.algorithms import get_algorithm_class
     from domainbed_hp.datasets.open import find_spec, open_dataset
-    from domainbed_hp.hparams_registry import resolve
+    from domainbed_hp.hparams_registry import resolve_hparams
 
     data_dir = spec.run_args.data_dir
     for dataset in [find_spec(name, data_dir) for name in spec.datasets]:
         if dataset.build is not None:  # the package itself makes it
             continue
-        hparams = [resolve(row.algorithm, dataset.name, spec.n_hparams_from, 0, row.hparams) for row in rows]
+        hparams = [resolve_hparams(row.algorithm, dataset.name, spec.n_hparams_from, 0, row.hparams) for row in rows]
         classes = [get_algorithm_class(row.algorithm) for row in rows]
         for preprocess in {c.preprocess(h, dataset.image_size) for c, h in zip(classes, hparams, strict=True)}:
             open_dataset(dataset, Path(data_dir) if data_dir else None, preprocess)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Minibatch, statistics_kept
+from domainbed_hp.algorithms.base import Minibatch, restore_batch_norms
 from domainbed_hp.registry import UsageError
 
 COMPILE_STEPS = 5000
@@ -32,8 +32,8 @@ def speed_up(algorithm: Algorithm, device: torch.device, choice: str, steps: int
         raise UsageError(f"--compile on: torch.compile needs {needs} and finds none; pass --compile off")
     if choice == "on" or (choice == "auto" and on_gpu and steps >= COMPILE_STEPS and can_compile(device)):
         algorithm.compile_parts()
-    if choice != "off" and on_gpu and algorithm.capturable():
-        algorithm.gradients = Captured(algorithm)  # type: ignore[method-assign]
+    if choice != "off" and on_gpu and algorithm.can_capture():
+        algorithm.compute_gradients = Captured(algorithm)  # type: ignore[method-assign]
 
 
 def can_compile(device: torch.device) -> bool:
@@ -46,11 +46,11 @@ def can_compile(device: torch.device) -> bool:
 
 
 class Captured:
-    """`algorithm.gradients` as a CUDA graph: a step has a thousand kernels, and starting them one by one takes the
-    host longer than running them takes the GPU. Anew for every new shape of the minibatches."""
+    """`algorithm.compute_gradients` as a CUDA graph: a step has a thousand kernels, and starting them one by one takes
+    the host longer than running them takes the GPU. Anew for every new shape of the minibatches."""
 
     def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm, self.function = algorithm, algorithm.gradients
+        self.algorithm, self.function = algorithm, algorithm.compute_gradients
         self.shapes: list[Any] = []
 
     def __call__(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Captured:
     def capture(self, minibatches: list[Minibatch]) -> None:
         self.inputs = [(x.clone(), y.clone()) for x, y in minibatches]
         now, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        with statistics_kept(self.algorithm):
+        with restore_batch_norms(self.algorithm):
             side.wait_stream(now)
             with torch.cuda.stream(side):
                 for _ in range(2):  # what is compiled, chosen or kept at the first call

@@ -73,10 +73,10 @@ def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: W
     # An `encode` of its own may depend on what the key does not know of.
     if not isinstance(algorithm, ClipAlgorithm) or type(algorithm).encode is not ClipAlgorithm.encode:
         return None
-    if run.args.features == "encode" or not run.algorithm.frozen(run.hparams):
+    if run.args.features == "encode" or not run.algorithm.has_frozen_features(run.hparams):
         return None
     # A subclass may have unfrozen what its parent said is frozen.
-    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompts():
+    if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompt_tokens():
         return None
     key = ingredients(run, algorithm)
     if not all(key["files"]):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.files import replace_atomically
+from domainbed_hp.hparams_registry import DeclaredHparams
 from domainbed_hp.registry import UsageError
 
 
@@ -32,7 +33,8 @@ def build(recipe: Recipe) -> Algorithm:
     """The algorithm, told also its number of steps and the class names, for which DomainBed has no channel."""
     told = recipe.hparams | {"class_names": list(recipe.class_names), "steps": recipe.steps}
     shape = (3, recipe.image_size, recipe.image_size)
-    return get_algorithm_class(recipe.algorithm)(shape, len(recipe.class_names), recipe.num_domains, told)
+    hparams = DeclaredHparams(recipe.algorithm, told)
+    return get_algorithm_class(recipe.algorithm)(shape, len(recipe.class_names), recipe.num_domains, hparams)
 
 
 def save_model(path: Path, algorithm: Algorithm, recipe: Recipe, *, full: bool = False) -> None:

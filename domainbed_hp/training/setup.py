@@ -63,7 +63,9 @@ class Plan:
         size, resize, interpolation, augmentation = self.preprocess
         images = f"{size} px, {resize}, {interpolation}; training: {augmentation}"
         share = (1 - self.args.holdout_fraction) * (1 - self.args.uda_holdout_fraction)
-        return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.protocol(self.hparams)
+        return {"preprocessing": images, "target_split": f"in, {share:.0%}"} | self.algorithm.describe_protocol(
+            self.hparams
+        )
 
     @property
     def scored(self) -> list[dict[str, list[int]]]:
@@ -103,7 +105,9 @@ class Plan:
 def plan(args: RunArgs) -> Plan:
     """Everything that a run needs but its model; `UsageError` for anything that does not fit."""
     overrides = parse_overrides(args.hparams)
-    hparams = hparams_registry.resolve(args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides)
+    hparams = hparams_registry.resolve_hparams(
+        args.algorithm, args.dataset, args.hparams_seed, args.trial_seed, overrides
+    )
     algorithm = get_algorithm_class(args.algorithm)
     spec = find_spec(args.dataset, args.data_dir)
     device = find_device(args.device)
@@ -114,14 +118,13 @@ def plan(args: RunArgs) -> Plan:
         got = f"{steps}, {freq} and {num_workers}"
         raise UsageError(f"steps, checkpoint_freq and num_workers: got {got}, expected at least 1, 1 and 0")
     preprocess = algorithm.preprocess(hparams, spec.image_size)
-    data_dir = Path(args.data_dir) if args.data_dir else None
-    dataset = open_dataset(spec, data_dir, preprocess)
+    dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, preprocess)
     lengths = [len(images) for images in dataset.environments]
     split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
-    hparams_registry.check_validation(hparams, any(split[i]["out"] for i in train_envs))
+    hparams_registry.check_validation_images(hparams, any(split[i]["out"] for i in train_envs))
     run = Plan(args, algorithm, hparams, dataset, split, train_envs, preprocess, device, steps, freq, num_workers)
     run.batches(), run.unlabeled_batches()  # they refuse empty splits
     return run

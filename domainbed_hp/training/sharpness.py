@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Minibatch, statistics_kept
+from domainbed_hp.algorithms.base import Minibatch, restore_batch_norms
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.registry import SHARPNESS, load
 
@@ -69,7 +69,7 @@ class SAM:
     def climb(self, minibatches: list[Minibatch], parameters: list[torch.nn.Parameter]) -> None:
         if not parameters:
             return
-        with statistics_kept(self.algorithm):  # a batch norm counts the images of a step once
+        with restore_batch_norms(self.algorithm):  # a batch norm counts the images of a step once
             losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
             if not losses.requires_grad:  # a text side that trains by a loss of its own
                 return

@@ -7,8 +7,8 @@ import torch
 from helpers import batches, make, randomize
 from torch import Tensor
 
-from domainbed_hp.algorithms.clip_algorithm import parts
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.algorithms.clip_algorithm import split_minibatches
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.registry import UsageError
 
 SIZES = (5, 4, 3)
@@ -45,7 +45,7 @@ def test_an_mmd_is_each_parts_own_and_routed_in_each() -> None:
     minibatches = batches(SIZES, dtype=torch.float64)
     whole, logged = after_update(minibatches, "HeadPurification", accumulate=2)
     expected, mmd = {key: torch.zeros_like(g) for key, g in whole.items()}, 0.0
-    for part, share in parts(minibatches, 2):
+    for part, share in split_minibatches(minibatches, 2):
         alone, metrics = after_update(part, "HeadPurification")
         mmd += share * metrics["mmd"]
         for key, gradient in alone.items():
@@ -55,8 +55,8 @@ def test_an_mmd_is_each_parts_own_and_routed_in_each() -> None:
 
 
 def test_every_part_has_images_of_all() -> None:
-    found = [([len(x) for x, _ in part], share) for part, share in parts(batches(SIZES), 3)]
+    found = [([len(x) for x, _ in part], share) for part, share in split_minibatches(batches(SIZES), 3)]
     assert found == [([2, 2, 1], 5 / 12), ([2, 1, 1], 4 / 12), ([1, 1, 1], 3 / 12)]
     mini = {"clip_model": "mini", "clip_pretrained": "shapes"}
     with pytest.raises(UsageError, match="accumulate: got 5, expected at most batch_size, 4"):
-        resolve("LoRA", "PACS", 0, 0, mini | {"accumulate": 5, "batch_size": 4})
+        resolve_hparams("LoRA", "PACS", 0, 0, mini | {"accumulate": 5, "batch_size": 4})

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.registry import ALGORITHMS, PROMPTS, UsageError
 from domainbed_hp.training.evaluation import evaluation
 
@@ -51,14 +51,14 @@ def case(name: str, prompt: str) -> Case:
 
 def refusal(each: Case) -> str:
     try:
-        resolve(each[0], "PACS", 0, 0, MINI | each[1])
+        resolve_hparams(each[0], "PACS", 0, 0, MINI | each[1])
     except UsageError as error:
         return str(error)
     return ""
 
 
 def prompt_of(each: Case) -> str:
-    prompt: str = each[1].get("prompt") or resolve(each[0], "PACS", 0, 0, MINI)["prompt"]
+    prompt: str = each[1].get("prompt") or resolve_hparams(each[0], "PACS", 0, 0, MINI)["prompt"]
     return prompt
 
 
@@ -147,7 +147,7 @@ def test_trained_alike_saved_and_scored_in_any_order(each: Case) -> None:
             other.load_state_dict(state, strict=strict)  # what training changed is enough
             assert torch.equal(other.predict(x), together)
 
-    assert not algorithm.protocol(algorithm.hparams).get("transductive")
+    assert not algorithm.describe_protocol(algorithm.hparams).get("transductive")
     scale = getattr(algorithm, "logit_scale", 1.0)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_only_what_is_declared_moves_and_all_of_it(each: Case) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_method_says_under_what_terms_it_stands(name: str) -> None:
     algorithm = build((name, {}))
-    terms = algorithm.protocol(algorithm.hparams)
+    terms = algorithm.describe_protocol(algorithm.hparams)
     assert terms.keys() >= {"weights", "template", "transductive", "source_free"}
     assert terms["weights"] == "mini, shapes" and terms["transductive"] is False
     assert terms["source_free"] == (name == "ZeroShotCLIP")
@@ -227,7 +227,7 @@ def test_every_method_says_under_what_terms_it_stands(name: str) -> None:
 
 def test_dpl_as_released_depends_on_the_batch_and_says_so() -> None:
     algorithm = trained(("FrozenCLIP", {"prompt": "dpl", "dpl_transductive": True})).eval()
-    assert algorithm.protocol(algorithm.hparams)["transductive"]
+    assert algorithm.describe_protocol(algorithm.hparams)["transductive"]
     x = images(8)
     with torch.no_grad():
         assert not torch.allclose(algorithm.predict(x)[:4], algorithm.predict(x[:4]), atol=1e-4)

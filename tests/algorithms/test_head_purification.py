@@ -1,6 +1,7 @@
 """Gradient routing, strategies, and the planted head."""
 
 import json
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from helpers import batches, make, randomize
 from safetensors.torch import save_file
 from torch import Tensor
 
+import domainbed_hp
 from domainbed_hp.algorithms.head_purification import HeadPurification
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.networks.clip import MINI
-from domainbed_hp.networks.mmd import mmd
-from domainbed_hp.prompts.base import unit
+from domainbed_hp.networks.mmd import MMD
 from domainbed_hp.registry import UsageError
 
 GATES = ("softmax", "sigmoid")
@@ -48,12 +49,11 @@ def terms(algorithm: HeadPurification, minibatches: list[Any], scales: Tensor | 
     x = torch.cat([x for x, _ in minibatches])
     features = algorithm.encode(x, trace)
     sizes = [len(x) for x, _ in minibatches]
+    mmd, z = MMD(), algorithm.domain_features(features, trace)
+    value, used = mmd(z, sizes, scales)
     if algorithm.hparams["mmd_level"] == "output":
-        value, used = mmd(unit(features), sizes, scales=scales)
         return value[None], used
-    z = algorithm.layer_features(trace)
-    _, used = mmd(z, sizes, scales=scales)
-    values = [mmd(z[i], sizes, scales=used[i] if scales is None else scales[i])[0] for i in range(len(trace))]
+    values = [mmd(z[i], sizes, used[i] if scales is None else scales[i])[0] for i in range(len(trace))]
     return torch.stack(values) / len(trace), used
 
 
@@ -126,11 +126,11 @@ def test_local_reach_touches_no_other_layer(route: str) -> None:
         assert touched == [i == layer for i in range(len(values))]
 
 
-def test_losses_are_the_two_scalars() -> None:
+def test_backward_returns_the_two_losses() -> None:
     algorithm = make("HeadPurification")
-    losses = algorithm.losses(batches())
-    assert losses.keys() == {"ce", "mmd"} and all(v.ndim == 0 and v.requires_grad for v in losses.values())
-    assert algorithm.losses(batches((4,)))["mmd"].item() == 0  # one source environment
+    losses = algorithm.backward(batches(), 1.0)
+    assert losses.keys() == {"ce", "mmd"} and all(v.ndim == 0 for v in losses.values())
+    assert algorithm.backward(batches((4,)), 1.0)["mmd"].item() == 0  # one source environment
     logged = algorithm.update(batches())
     assert logged["ce"] == pytest.approx(losses["ce"].item())
     assert logged["mmd"] == pytest.approx(losses["mmd"].item(), rel=1e-4)
@@ -198,7 +198,7 @@ def test_without_gates_or_adapters() -> None:
 def test_hparams_that_do_not_go_together(hparams: dict[str, Any], message: str) -> None:
     fixed = {"clip_model": "mini", "clip_pretrained": "shapes"}
     with pytest.raises(UsageError, match=message):
-        resolve("HeadPurification", "PACS", 0, 0, fixed | hparams)
+        resolve_hparams("HeadPurification", "PACS", 0, 0, fixed | hparams)
 
 
 def test_diagnosis_holds_its_bandwidths() -> None:
@@ -212,6 +212,37 @@ def test_diagnosis_holds_its_bandwidths() -> None:
     second = algorithm.diagnose(minibatches)
     assert second["gate_shift"] > 0.05 and second["val_mmd"] != first["val_mmd"]
     assert scales is algorithm.diagnosis_scales
+
+
+def test_an_update_is_read_in_four_files() -> None:
+    """One update enters at most 20 functions of the method; consecutive repeats count once."""
+    root = Path(domainbed_hp.__file__).parent
+    algorithm = make("HeadPurification", steps=4)
+    algorithm.update(batches())
+    entered: list[tuple[str, str]] = []
+
+    def note(frame: Any, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(root):
+            name = path.relative_to(root).as_posix()
+            if name.startswith(("algorithms/", "prompts/")) or name == "networks/mmd.py":
+                entered.append((name, frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        algorithm.update(batches())
+    finally:
+        sys.setprofile(None)
+    entries = [entry for i, entry in enumerate(entered) if i == 0 or entry != entered[i - 1]]
+    assert ("algorithms/head_purification.py", "backward") in entries
+    assert len(entries) <= 20 and len({name for name, _ in entries}) <= 4, entries
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.75, 6), (0.0, 1), (0.06, 1), (0.5, 4), (1.0, 8)])
+def test_hard_gates_keep_a_share_of_the_heads(share: float, expected: int) -> None:
+    algorithm = make("HeadPurification", gates="hard", gate_keep=share).eval()
+    gates = algorithm.diagnose([])["gates"]
+    assert all(sorted(layer) == [0.0] * (len(layer) - expected) + [1.0] * expected for layer in gates)
 
 
 # --- The planted head -------------------------------------------------------------------------------------------------
@@ -256,7 +287,7 @@ def plant(folder: Path) -> str:
 def planted(folder: Path, **hparams: Any) -> tuple[list[float], list[dict[str, float]]]:
     """The two gates after 100 real updates, and what was logged."""
     overrides = {"clip_model": "mini", "clip_pretrained": plant(folder), "lr": 5e-3, "weight_decay": 0.0} | hparams
-    h = resolve("HeadPurification", "PACS", 0, 0, overrides) | {"class_names": ["plus", "minus"], "steps": 100}
+    h = resolve_hparams("HeadPurification", "PACS", 0, 0, overrides) | {"class_names": ["plus", "minus"], "steps": 100}
     algorithm = HeadPurification((3, 16, 16), 2, 2, h)
     algorithm.text.features.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     g = torch.Generator().manual_seed(0)
@@ -269,7 +300,7 @@ def planted(folder: Path, **hparams: Any) -> tuple[list[float], list[dict[str, f
             x[:, 0], x[:, 1], x[:, 2] = domain, (1 - y).float()[:, None, None], 0.5
             minibatches.append((x, y))
         logged.append(algorithm.update(minibatches))
-    return algorithm.tower.gates()[0].tolist(), logged
+    return algorithm.tower.compute_gates()[0].tolist(), logged
 
 
 @pytest.mark.parametrize("place", LEVELS)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from domainbed_hp.networks.featurizer import ResNet, classifier, featurizer
+from domainbed_hp.networks.featurizer import ResNet, make_classifier, make_featurizer
 from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from domainbed_hp.registry import UsageError
 
@@ -21,13 +21,13 @@ def resnet18():
 
 @pytest.mark.parametrize("size", [16, 28, 45, 64])
 def test_small_takes_any_size(size):
-    network = featurizer("small")
+    network = make_featurizer("small")
     assert network(torch.rand(2, 3, size, size)).shape == (2, network.n_outputs) == (2, 128)
 
 
 def test_resnet_has_no_last_layer_and_normalises_inside(resnet18, tmp_path):
     torch.save(resnet18.state_dict(), tmp_path / "weights.pth")
-    network = featurizer("resnet18", weights=str(tmp_path / "weights.pth")).eval()
+    network = make_featurizer("resnet18", weights=str(tmp_path / "weights.pth")).eval()
     x = torch.rand(2, 3, 64, 64)
     resnet18.eval()
     theirs = nn.Sequential(*list(resnet18.children())[:-1], nn.Flatten())
@@ -37,14 +37,14 @@ def test_resnet_has_no_last_layer_and_normalises_inside(resnet18, tmp_path):
 
 
 def test_resnet50_width():
-    assert featurizer("resnet50", weights="random").n_outputs == 2048
+    assert make_featurizer("resnet50", weights="random").n_outputs == 2048
 
 
 def test_safetensors_equal_pth(resnet18, tmp_path):
     state = {name: value for name, value in resnet18.state_dict().items() if not name.startswith("fc.")}
     save_file(state, tmp_path / "weights.safetensors")
     torch.save(state, tmp_path / "weights.pth")
-    a, b = (featurizer("resnet18", weights=str(tmp_path / f"weights.{end}")) for end in ("safetensors", "pth"))
+    a, b = (make_featurizer("resnet18", weights=str(tmp_path / f"weights.{end}")) for end in ("safetensors", "pth"))
     assert all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
@@ -73,9 +73,9 @@ def test_bad_weights_are_refused(resnet18, tmp_path, monkeypatch):
         ("code.pth", "is no state dict"),
     ):
         with pytest.raises(UsageError, match=message):
-            featurizer("resnet18", weights=name)
+            make_featurizer("resnet18", weights=name)
     with pytest.raises(UsageError, match="lacks .* tensors of resnet50"):
-        featurizer("resnet50", weights="good.pth")
+        make_featurizer("resnet50", weights="good.pth")
     assert not (tmp_path / "harm").exists()
 
 
@@ -85,12 +85,12 @@ def test_imagenet_weights_without_a_network(monkeypatch):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(UsageError, match="no network.*backbone_weights to the path"):
-        featurizer("resnet18")
+        make_featurizer("resnet18")
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_freeze_bn(frozen):
-    network = featurizer("resnet18", weights="random", freeze_bn=frozen).train()
+    network = make_featurizer("resnet18", weights="random", freeze_bn=frozen).train()
     before = network.network.bn1.running_mean.clone()
     network(torch.rand(2, 3, 32, 32))
     assert torch.equal(network.network.bn1.running_mean, before) == frozen
@@ -106,14 +106,14 @@ def test_dropout_in_training_only():
 
 
 def test_clip_tower_trains_whole():
-    network = featurizer("clip", clip_model="mini", clip_pretrained="random")
+    network = make_featurizer("clip", clip_model="mini", clip_pretrained="random")
     assert network(torch.rand(2, 3, 64, 64)).shape == (2, network.n_outputs) == (2, 128)
     assert all(p.requires_grad for p in network.parameters())
 
 
 def test_classifier():
-    assert isinstance(classifier(8, 3, False), nn.Linear)
-    deep = classifier(8, 3, True)
+    assert isinstance(make_classifier(8, 3, False), nn.Linear)
+    deep = make_classifier(8, 3, True)
     assert [layer.out_features for layer in deep if isinstance(layer, nn.Linear)] == [4, 2, 3]
 
 
@@ -124,4 +124,4 @@ def test_normalise_undoes_itself():
 
 def test_unknown_backbone():
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
-        featurizer("resnet-18")
+        make_featurizer("resnet-18")

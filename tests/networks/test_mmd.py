@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from domainbed_hp.networks.mmd import KERNELS, bandwidths, gram, mmd, pairs, squared_distances
+from domainbed_hp.networks.mmd import KERNELS, MMD, bandwidths, pair_contrasts, squared_distances
 
 
 def plain_mmd(x: list[list[float]], y: list[list[float]], kernel: str) -> float:
@@ -30,8 +30,13 @@ def plain_mmd(x: list[list[float]], y: list[list[float]], kernel: str) -> float:
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
-def between(domains: list[torch.Tensor], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return mmd(torch.cat(domains, dim=-2), [d.shape[-2] for d in domains], *args, **kwargs)
+def between(
+    domains: list[torch.Tensor], kernel: Any = "multi_gaussian", scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result: tuple[torch.Tensor, torch.Tensor] = MMD(kernel)(
+        torch.cat(domains, dim=-2), [d.shape[-2] for d in domains], scales
+    )
+    return result
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -82,4 +87,4 @@ def test_distances_far_from_the_origin() -> None:
     torch.testing.assert_close(
         far, torch.cdist((x + 100).double(), (x + 100).double()).square().float(), atol=1e-6, rtol=1e-2
     )
-    assert gram(far, bandwidths(far, pairs((4, 2), far)[1], "median"), "median").shape == (1, 6, 6)
+    assert bandwidths(far, pair_contrasts((4, 2), far)[1], "median").shape == (1,)

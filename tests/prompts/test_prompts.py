@@ -13,7 +13,7 @@ from domainbed_hp.hparams_registry import default_hparams
 from domainbed_hp.networks.clip import MINI, Clip, load_clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.prompts import per_image
-from domainbed_hp.prompts.base import TextSide, class_prompts, text_side
+from domainbed_hp.prompts.base import TextSide, class_prompts, make_text_side
 from domainbed_hp.registry import UsageError
 
 NAMES = [name.replace("_", " ") for name in CLASSES]
@@ -31,7 +31,7 @@ def vit() -> Clip:
 
 def side(clip: Clip, prompt: str, **hparams: Any) -> TextSide:
     choice = {"prompt": prompt}
-    return text_side(clip, CLASSES, default_hparams("FrozenCLIP", "PACS", choice) | choice | hparams)
+    return make_text_side(clip, CLASSES, default_hparams("FrozenCLIP", "PACS", choice) | choice | hparams)
 
 
 def mini(prompt: str, **hparams: Any) -> TextSide:
@@ -85,7 +85,7 @@ def test_sentences_put_vectors_between_their_two_texts(stock: Any) -> None:
     vectors = torch.randn(5, 2, 2, tower.width)
     embedded = sentences(vectors)
     ids = tower.tokenizer(["a photo of a dog.", "a photo cat"])
-    expected, at = stock.token_embedding(ids), len(tower.tokens("a photo")) + 1
+    expected, at = stock.token_embedding(ids), len(tower.tokenize("a photo")) + 1
     assert sentences.at == at and torch.equal(sentences.ends, ids.argmax(1) + 2)
     for b in range(5):
         for c in range(2):
@@ -131,13 +131,13 @@ def test_template_and_ensemble(stock: Any) -> None:
 def test_trainable_parameters_on_vit_b_16(prompt: str, count: int, vit: Clip) -> None:
     text = side(vit, prompt)
     assert sum(p.numel() for p in text.parameters() if p.requires_grad) == count
-    optimizer = text.optimizer()
+    optimizer = text.make_optimizer()
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == count if optimizer else count == 0
 
 
 def test_defaults_are_the_releases(vit: Clip) -> None:
     def settings(prompt: str) -> tuple[str, float, float, float]:
-        optimizer = side(vit, prompt).optimizer()
+        optimizer = side(vit, prompt).make_optimizer()
         group = optimizer.param_groups[0]
         return type(optimizer).__name__, group["lr"], group["momentum"], group["weight_decay"]
 
@@ -239,7 +239,7 @@ def test_dpl_evaluates_each_image_alone_or_the_batch_as_one(stock: Any) -> None:
     text.hparams["dpl_transductive"] = True
     together = dpl_text(stock, text, mlp(text, x).mean(0))
     torch.testing.assert_close(text.class_features(x), together, atol=1e-5, rtol=1e-5)
-    assert text.transductive(text.hparams) and not text.transductive(text.hparams | {"dpl_transductive": False})
+    assert text.is_transductive(text.hparams) and not text.is_transductive(text.hparams | {"dpl_transductive": False})
 
 
 def test_dpl_released_labels_are_right_for_the_first_domain_alone(stock: Any) -> None:
@@ -305,15 +305,16 @@ def test_maple_on_vit_b_16(vit: Clip) -> None:
     expected = read(stock, stock.token_embedding(ids), ids.argmax(1), list(text.text_prompts)[1:])
     torch.testing.assert_close(text.encode(unit_features(1), None), expected, atol=1e-5, rtol=1e-5)
 
-    assert len(text.text_prompts) == len(text.vision_prompts()) == 9
+    assert len(text.text_prompts) == len(text.compute_vision_prompts()) == 9
     last = text.text_prompts[8] @ text.projections[8].weight.T + text.projections[8].bias
-    torch.testing.assert_close(text.vision_prompts()[8], last)
-    assert len(side(vit, "maple", prompt_depth=1, prompt_tokens=6).vision_prompts()) == 1
+    torch.testing.assert_close(text.compute_vision_prompts()[8], last)
+    assert len(side(vit, "maple", prompt_depth=1, prompt_tokens=6).compute_vision_prompts()) == 1
 
 
 def test_maple_reaches_into_one_image_tower_and_does_not_own_it() -> None:
     algorithm = make("FrozenCLIP", prompt="maple")
-    assert not algorithm.frozen(algorithm.hparams) and not any("conv1" in name for name in algorithm.text.state_dict())
+    assert not algorithm.has_frozen_features(algorithm.hparams)
+    assert not any("conv1" in name for name in algorithm.text.state_dict())
     with pytest.raises(UsageError, match="already has prompts"):
         algorithm.text.attach(algorithm.tower)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import CLASSES, batches, images, make
 from torch import Tensor
 
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.networks.clip import load_clip
 from domainbed_hp.prompts.duprg import AutoEncoder
 from domainbed_hp.prompts.prompt_styler import arcface, content_loss, style_loss
@@ -123,9 +123,9 @@ def test_an_image_side_trains_under_a_frozen_classifier(prompt: str) -> None:
 @BOTH
 def test_records_say_source_free(prompt: str) -> None:
     algorithm = small(prompt)
-    assert algorithm.protocol(algorithm.hparams)["source_free"]
+    assert algorithm.describe_protocol(algorithm.hparams)["source_free"]
     trained = small(prompt, "LoRA")
-    assert not trained.protocol(trained.hparams)["source_free"]
+    assert not trained.describe_protocol(trained.hparams)["source_free"]
     with pytest.raises(UsageError, match="use ZeroShotCLIP"):
         small(prompt, "FrozenCLIP")
 
@@ -261,7 +261,7 @@ def loss_of(inputs: Tensor, outputs: Tensor) -> Tensor:
 def test_loss_of_duprg_and_its_gradient() -> None:
     text = small("duprg").text
     outputs = units(3, 11, text.bank.shape[-1]).requires_grad_()
-    got, expected = text.loss(outputs), loss_of(text.bank, outputs)
+    got, expected = text.compute_loss(outputs), loss_of(text.bank, outputs)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, outputs), torch.autograd.grad(expected, outputs))
 
@@ -309,12 +309,12 @@ def test_what_an_epoch_with_each_step_goes_with() -> None:
     other = small("duprg", "FrozenCLIP", seed=5, duprg_per_step=True)
     other.load_state_dict(algorithm.trained_state(), strict=False)
     assert torch.equal(other.predict(images(3)), algorithm.predict(images(3)))
-    assert algorithm.protocol(algorithm.hparams)["source_free"]
-    plain, loss = features(algorithm), algorithm.text.losses()["duprg"]
+    assert algorithm.describe_protocol(algorithm.hparams)["source_free"]
+    plain, loss = features(algorithm), algorithm.text.backward()["duprg"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(algorithm.text.class_features(torch.zeros(1, 1)), plain)
-        assert torch.equal(algorithm.text.losses()["duprg"], loss)
+        assert torch.equal(algorithm.text.backward()["duprg"], loss)
     with pytest.raises(UsageError, match="FrozenCLIP"):
-        resolve("ZeroShotCLIP", "PACS", 0, 0, {"prompt": "duprg", "duprg_per_step": True})
+        resolve_hparams("ZeroShotCLIP", "PACS", 0, 0, {"prompt": "duprg", "duprg_per_step": True})
     lora = small("duprg", "LoRA", duprg_per_step=True)
     assert {"ce", "duprg"} <= lora.update(batches()).keys()

@@ -5,7 +5,7 @@ import pytest
 from made_records import frame, record
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.compare import compare
+from domainbed_hp.reports.compare import compare_rows
 
 
 def paired(gains, dataset="PACS"):
@@ -20,7 +20,7 @@ def paired(gains, dataset="PACS"):
 
 
 def first(records, a="LoRA", b="ERM"):
-    return compare(frame(records), a, b)[0]
+    return compare_rows(frame(records), a, b)[0]
 
 
 def test_differences_are_paired_and_averaged_over_environments():
@@ -71,7 +71,7 @@ def test_too_few_trials_are_a_warning_and_a_single_one_tells_nothing():
     assert together == "PACS, all: with 3 trials the interval is too narrow; run more trials"
     single = first(paired([[0.01]]))
     assert single.differences[0].p is None
-    assert "PACS, A, all: with 1 trial there is no interval and no p" in single.text()
+    assert "PACS, A, all: with 1 trial there is no interval and no p" in single.to_text()
     assert [bool(first(paired([[0.01] * n])).warnings()) for n in (5, 6)] == [True, False]
 
 
@@ -94,7 +94,7 @@ def test_the_mean_of_all_is_that_of_the_environments_whatever_their_trials():
 
 def test_a_data_set_that_only_one_of_them_ran_on_is_left_out():
     records = paired([[0.01] * 6]) + [record(0, 0.5, dataset="VLCS", algorithm="ERM")]
-    assert {found.dataset for found in compare(frame(records), "LoRA", "ERM")} == {"PACS"}
+    assert {found.dataset for found in compare_rows(frame(records), "LoRA", "ERM")} == {"PACS"}
 
 
 def test_pairs_with_nan_are_left_out_and_said():
@@ -125,7 +125,7 @@ def test_only_pairs_that_both_have_count():
 
 
 def test_text_shows_every_environment():
-    text = first(paired([[0.01] * 6, [0.02] * 6])).text()
+    text = first(paired([[0.01] * 6, [0.02] * 6])).to_text()
     assert text.startswith("-------- LoRA (a) minus ERM (b), PACS, model selection method: training-domain")
     assert "+1.0" in text and "+1.0 to +1.0" in text and "0.031" in text and "+1.5" in text
 
@@ -133,9 +133,9 @@ def test_text_shows_every_environment():
 def test_rows_that_cannot_be_compared():
     found = frame(paired([[0.01]]))
     with pytest.raises(UsageError, match="unknown row 'Lora'. Did you mean 'LoRA'"):
-        compare(found, "Lora", "ERM")
+        compare_rows(found, "Lora", "ERM")
     with pytest.raises(UsageError, match="with itself"):
-        compare(found, "ERM", "ERM")
+        compare_rows(found, "ERM", "ERM")
     apart = frame([record(0, 0.5), record(1, 0.5, algorithm="LoRA")])
     with pytest.raises(UsageError, match="nothing to pair"):
-        compare(apart, "ERM", "LoRA")
+        compare_rows(apart, "ERM", "LoRA")

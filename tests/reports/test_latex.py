@@ -12,7 +12,7 @@ LONG = "HeadPurification, without its gates and its adapters_1"
 
 
 def made(records, **kwargs):
-    return report.make(collected(records), **kwargs)
+    return report.make_report(collected(records), **kwargs)
 
 
 def test_names_are_escaped_and_never_cut():
@@ -20,10 +20,10 @@ def test_names_are_escaped_and_never_cut():
     assert text.startswith("\\documentclass") and "\n% Total records: 1\n" in text
     assert r"HeadPurification, without its gates and its adapters\_1 & 50.0 $\pm$ 0.0 & X" in text
     assert rf"\textbf{{{PACS.environments[3]}}}" in text
-    assert latex.escape("%_&#${}") == r"\%\_\&\#\$\{\}"
-    assert latex.escape("~^") == r"\textasciitilde{}\textasciicircum{}"
+    assert latex.escape_latex("%_&#${}") == r"\%\_\&\#\$\{\}"
+    assert latex.escape_latex("~^") == r"\textasciitilde{}\textasciicircum{}"
     # Bare, they would be swallowed by the end of the row above.
-    assert latex.escape("[2pt] * λ") == "{[}2pt] {*} U+03BB"
+    assert latex.escape_latex("[2pt] * λ") == "{[}2pt] {*} U+03BB"
 
 
 def test_the_best_is_bold_the_second_underlined_and_what_is_incomplete_explained():
@@ -62,9 +62,9 @@ def test_every_kind_of_table_compiles(tmp_path, kind, extras):
         for trial in range(2)
         if (env, trial, name) != (3, 1, "ERM")
     ]
-    ours = made(records, cost_names=["params", "step_time"] if extras else [])
+    ours = made(records, statistics=["params", "step_time"] if extras else [])
     if extras:
-        ours.published = published.beside({"PACS": PACS.environments, "VLCS": "CLSV"})
+        ours.published = published.make_published_tables({"PACS": PACS.environments, "VLCS": "CLSV"})
     text = latex.to_latex(ours)
     if kind == "fragment":
         (tmp_path / "fragment.tex").write_text(latex.to_fragment(ours))

@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 from made_records import collected, frame, launched, minimal, record, write
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.load import PROTOCOL, load
+from domainbed_hp.reports.load import load_runs
+from domainbed_hp.run_args import PROTOCOL
 
 
 def rows(*records):
@@ -23,21 +23,21 @@ def test_nested_runs_are_found_in_sorted_order_once(tmp_path):
     elsewhere = tmp_path.with_name("elsewhere")
     write(elsewhere / "run", minimal())
     (tmp_path / "d").symlink_to(elsewhere)
-    found = load(tmp_path)
+    found = load_runs(tmp_path)
     assert [os.path.relpath(run.folder, tmp_path) for run in found.runs] == ["a/deep/run", "b/run", "c", "d/run"]
     assert found.frame["run"].tolist() == [0, 0, 1, 1, 2, 2, 3]
 
 
 def test_what_is_not_a_readable_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot read .*absent: No such file"):
-        load(tmp_path / "absent")
+        load_runs(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot read .*file: Not a directory"):
-        load(tmp_path / "file")
+        load_runs(tmp_path / "file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.jsonl").symlink_to(tmp_path / "gone")
     with pytest.raises(UsageError, match="cannot read .*results.jsonl: No such file"):
-        load(tmp_path)
+        load_runs(tmp_path)
 
 
 def test_a_minimal_record():
@@ -69,7 +69,7 @@ def test_what_a_record_lacks_is_named(tmp_path, key):
     write(tmp_path / "run7", lacking)
     named = "args.algorithm, args.dataset, .*" if key == "args" else key
     with pytest.raises(UsageError, match=f"a record of .*run7 has no {named}; a record needs"):
-        load(tmp_path)
+        load_runs(tmp_path)
 
 
 def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
@@ -77,7 +77,7 @@ def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
     with open(tmp_path / "a" / "results.jsonl", "ab") as file:
         file.write(b'{"args": {"algor\n\n12\n\xff\xfe')
     write(tmp_path / "b")
-    found = load(tmp_path)
+    found = load_runs(tmp_path)
     assert len(found.frame) == 2 and np.isnan(found.frame["env0_in_acc"][1])
     a, b = (tmp_path / name / "results.jsonl" for name in "ab")
     assert found.notes == [
@@ -89,7 +89,7 @@ def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
 
 def test_a_second_run_in_a_file_is_a_run_of_its_own(tmp_path):
     write(tmp_path / "run", minimal(), minimal(seed=1), minimal(seed=1))
-    assert load(tmp_path).frame["run"].tolist() == [0, 1, 1]
+    assert load_runs(tmp_path).frame["run"].tolist() == [0, 1, 1]
 
 
 def test_a_record_names_its_loader_only_in_older_versions():
@@ -122,7 +122,7 @@ def test_runs_of_different_protocols_are_rows_of_their_own(key, one, other, told
     name = told[0].partition("=")[0]
     (note,) = found.notes
     assert note == (
-        f"runs of 'ERM' on PACS differ in {name} and are rows of their own: "
+        f"runs of 'ERM' on PACS differ in {name}, so each has its own row: "
         f"'ERM ({told[0]})' (2 runs), 'ERM ({told[1]})' (1 runs)"
     )
 
@@ -160,11 +160,9 @@ def test_an_override_of_weights_that_is_what_others_have_anyway_is_no_other_prot
     assert rows(overridden, minimal(trial_seed=1, hparams=None) | {"hparams": same}) == ["ERM", "ERM"]
 
 
-def test_the_defaults_of_the_protocol_are_those_of_a_run():
-    from domainbed_hp.run_args import RunArgs
-
-    names = {f.name: f.default for f in fields(RunArgs)}
-    assert {**{name: names[name] for name in PROTOCOL}, "algorithm": None} == {**PROTOCOL, "algorithm": None}
+def test_what_runs_must_share_to_be_averaged():
+    names = {"algorithm", "steps", "holdout_fraction", "uda_holdout_fraction", "eval_images", "task", "precision"}
+    assert set(PROTOCOL) == names | {"loader"}  # which records of earlier versions have
 
 
 def test_planned_jobs_leave_out_defaults_and_share_the_row_all_the_same(tmp_path):
@@ -176,7 +174,7 @@ def test_planned_jobs_leave_out_defaults_and_share_the_row_all_the_same(tmp_path
         write(job.folder, {"args": written, "hparams": {"clip_model": "B"}, "step": 0, **accs})
     shutil.rmtree(jobs[2].folder)
     launched(tmp_path / "b", [{**args, "steps": 9, "hparams": '{"lr": 1}'}])
-    found = load(tmp_path)
+    found = load_runs(tmp_path)
     assert [run.row for run in found.runs] == ["LoRA (steps=default, lr=default)"] * 2 + ["LoRA (steps=9, lr=1)"]
     assert [plan.row for plan in found.planned] == ["LoRA (steps=default, lr=default)"] * 3 + ["LoRA (steps=9, lr=1)"]
 
@@ -184,19 +182,20 @@ def test_planned_jobs_leave_out_defaults_and_share_the_row_all_the_same(tmp_path
 @pytest.mark.parametrize("copy", ["folder", "lines"])
 def test_a_run_that_is_there_twice_is_said(tmp_path, copy):
     write(tmp_path / "a", minimal(), minimal() | {"step": 1})
-    assert load(tmp_path).notes == []
+    assert load_runs(tmp_path).notes == []
     if copy == "folder":
         shutil.copytree(tmp_path / "a", tmp_path / "b")
     else:
         write(tmp_path / "a", *[minimal() | {"step": step} for step in (0, 1, 1)])
     folders = [str(tmp_path / name) for name in ("ab" if copy == "folder" else "a")]
-    assert load(tmp_path).notes == [f"the same run twice, and counted twice: {' and '.join(folders)}"]
+    (note,) = load_runs(tmp_path).notes
+    assert note.startswith("records of one run are there more than once") and f": {' and '.join(folders)}; " in note
 
 
 def test_a_run_that_was_resumed_under_other_versions_has_both(tmp_path):
     told = [{"commit": name} for name in "aab"]
     write(tmp_path / "run", *[minimal() | {"step": i, "versions": v} for i, v in enumerate(told)])
-    assert load(tmp_path).runs[0].versions == [{"commit": "a"}, {"commit": "b"}]
+    assert load_runs(tmp_path).runs[0].versions == [{"commit": "a"}, {"commit": "b"}]
 
 
 def test_two_algorithms_under_one_label_are_told_apart():
@@ -226,7 +225,7 @@ def test_planned_jobs_share_the_rows_of_their_runs(tmp_path):
     args = [{"algorithm": "ERM", "dataset": "PACS", "test_envs": [0], "trial_seed": t, "steps": 5} for t in (0, 1)]
     launched(tmp_path / "sweep", args)
     write(tmp_path / "longer", record(0, 0.5, steps=9, holdout_fraction=0.2))
-    found = load(tmp_path)
+    found = load_runs(tmp_path)
     assert [run.row for run in found.runs] == ["ERM (steps=9)", "ERM (steps=5)", "ERM (steps=5)"]
     assert [(planned.row, planned.done) for planned in found.planned] == [("ERM (steps=5)", True)] * 2
 
@@ -248,11 +247,11 @@ def test_a_broken_sweep_file_is_refused(tmp_path, text, said):
     write(tmp_path / "run", minimal())
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(UsageError, match=said):
-        load(tmp_path)
+        load_runs(tmp_path)
 
 
 def test_domainbeds_own_sweep(shared_data: Path):
-    found = load(shared_data / "domainbed_sweep" / "runs")
+    found = load_runs(shared_data / "domainbed_sweep" / "runs")
     assert (len(found.runs), len(found.frame), found.notes) == (40, 200, [])
     lines = (Path(found.runs[7].folder) / "results.jsonl").read_text().splitlines()
     ours = found.frame[found.frame["run"] == 7]

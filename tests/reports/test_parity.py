@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from made_records import collected, write
 from restated import random_sweep, record, restated_cells
 
-from domainbed_hp.model_selection import METHODS
+from domainbed_hp.model_selection import load_selection_methods
 from domainbed_hp.reports import report, text_formats
-from domainbed_hp.reports.load import load
+from domainbed_hp.reports.load import load_runs
 
 NUM_ENVS = {"PACS": 4, "Debug28": 3}
-NAMES = dict(zip((method.name for method in METHODS), ("iid", "leave_one_out", "oracle"), strict=True))
+NAMES = dict(zip((method.name for method in load_selection_methods()), ("iid", "leave_one_out", "oracle"), strict=True))
 
 
 def ours(records):
     """selection -> the cells as `restated_cells` has them."""
     found = {}
-    for table in report.make(collected(records)).tables:
+    for table in report.make_report(collected(records)).tables:
         for row, cells in zip(table.rows, table.cells, strict=True):
             told = [None if c.mean is None else c.mean if c.err is None else (c.mean, c.err) for c in cells]
             found.setdefault(table.method.name, {})[table.dataset, row] = told
@@ -49,7 +49,7 @@ def test_cells_of_domainbeds_sweep_are_those_of_the_rules_restated_and_of_domain
     records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     for r in records:
         r["args"]["label"] = None
-    made = report.make(load(folder / "runs"))
+    made = report.make_report(load_runs(folder / "runs"))
     assert text_formats.to_text(made) == (folder / "expected.txt").read_text()
     for table in made.tables:
         expected = restated_cells(NAMES[table.method.name], records, {"VLCS": 4})[table.dataset, "ERM"]
@@ -78,7 +78,7 @@ def text_of(folder, runs, names):
     shutil.rmtree(folder, ignore_errors=True)
     for name, run in zip(names, runs, strict=True):
         write(folder / name, *run)
-    return text_formats.to_text(report.make(load(folder)))
+    return text_formats.to_text(report.make_report(load_runs(folder)))
 
 
 @pytest.mark.slow

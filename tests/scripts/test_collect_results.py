@@ -203,7 +203,7 @@ def test_runs_of_different_protocols_are_rows_of_their_own(four_runs, capsys):
     collect(four_runs)
     out, err = capsys.readouterr()
     assert "ERM (steps=100)       30.0 +/- 0.0" in out and "ERM (steps=200)       70.0 +/- 0.0" in out
-    assert "note: runs of 'ERM' on PACS differ in steps and are rows of their own" in err
+    assert "note: runs of 'ERM' on PACS differ in steps, so each has its own row" in err
 
 
 def test_what_the_registry_does_not_know_is_shown_and_said(four_runs, capsys):
@@ -211,8 +211,10 @@ def test_what_the_registry_does_not_know_is_shown_and_said(four_runs, capsys):
     collect(four_runs)
     out, err = capsys.readouterr()
     assert "Dataset: Ours" in out and out.count("\nMine ") == 9
-    assert "note: data set 'Ours' is not registered: its environments are numbered\n" in err
-    assert "note: algorithm 'Mine' is not registered: its rows come last\n" in err
+    assert (
+        "note: data set 'Ours' is not registered: its environments are numbered; --import MODULE registers it\n" in err
+    )
+    assert "note: algorithm 'Mine' is not registered: its rows come last; --import MODULE registers it\n" in err
 
 
 def test_formats_are_files_too(four_runs, capsys):

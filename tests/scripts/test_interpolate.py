@@ -49,7 +49,7 @@ def test_alphas_of_a_run_are_what_runs_with_wise_record(
     assert found["0"][0]["val_loss"] > 1.1 * last["val_loss"] or found["0"][0]["val_loss"] < 0.9 * last["val_loss"]
     assert f"{100 * found['0.3'][0]['env0_in_acc']:.1f}" in table and "env2_out" in table
 
-    rows = load.load(mixed).frame["row"]
+    rows = load.load_runs(mixed).frame["row"]
     assert sorted(rows.unique()) == ["FrozenCLIP, alpha 0", "FrozenCLIP, alpha 0.3", "FrozenCLIP, alpha 1"]
 
 

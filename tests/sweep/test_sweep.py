@@ -39,9 +39,7 @@ GOLDEN = [
 
 
 class StubERM:
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3)}
+    HPARAMS = {"lr": HParam(1e-3)}
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
@@ -53,9 +51,7 @@ class StubERM:
 
 
 class StubLoRA(StubERM):
-    @classmethod
-    def hparams_for(cls, dataset: str) -> dict[str, HParam]:
-        return {"lr": HParam(1e-3), "lora_rank": HParam(4)}
+    HPARAMS = {"lr": HParam(1e-3), "lora_rank": HParam(4)}
 
 
 STUB_TRAIN = """

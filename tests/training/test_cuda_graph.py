@@ -99,10 +99,10 @@ def test_a_subclass_says_for_itself_that_its_steps_can_be_captured() -> None:
     class Mine(HeadPurification):
         pass
 
-    assert make("HeadPurification").capturable()
-    assert not make("HeadPurification", strategy="alternate").capturable()
-    assert not make("HeadPurification", prompt="dpl").capturable()  # sends sizes to the device at each step
-    assert not make("LPFT", prompt="random", steps=4).capturable()
+    assert make("HeadPurification").can_capture()
+    assert not make("HeadPurification", strategy="alternate").can_capture()
+    assert not make("HeadPurification", prompt="dpl").can_capture()  # sends sizes to the device at each step
+    assert not make("LPFT", prompt="random", steps=4).can_capture()
     assert "CAPTURABLE" not in vars(Mine) and "CAPTURABLE" not in vars(LPFT)
 
 
@@ -130,10 +130,10 @@ def test_a_new_shape_is_captured_anew() -> None:
     device = torch.device("cuda")
     algorithm = make("LoRA").to(device)
     speed_up(algorithm, device, "auto", 1)
-    assert isinstance(algorithm.gradients, Captured)
+    assert isinstance(algorithm.compute_gradients, Captured)
     for sizes in ((4, 4, 4), (4, 4, 4), (3, 4, 2)):
         algorithm.update([(x.to(device), y.to(device)) for x, y in batches(sizes)])
-        assert algorithm.gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]
+        assert algorithm.compute_gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_gpu)], ids=str)

@@ -13,7 +13,7 @@ from short_runs import crash, go, stop_at, terminate, without_times
 from torch import Tensor, nn
 
 from domainbed_hp import records
-from domainbed_hp.hparams_registry import resolve
+from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training import checkpoint, loop
@@ -24,7 +24,7 @@ LORA = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}
 
 
 def hparams(average: str, **overrides: Any) -> dict[str, Any]:
-    return resolve("LoRA", "PACS", 0, 0, LORA | {"average": average} | overrides)
+    return resolve_hparams("LoRA", "PACS", 0, 0, LORA | {"average": average} | overrides)
 
 
 def walk(steps: int, seed: int = 0) -> list[list[Tensor]]:

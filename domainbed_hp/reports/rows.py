@@ -1,0 +1,106 @@
+"""Give every run and every planned job its row of the tables: runs of different protocols never share a row."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from domainbed_hp.run_args import PROTOCOL, REMOVED
+
+if TYPE_CHECKING:
+    from domainbed_hp.reports.load import CollectedRuns, PlannedJob, Run
+
+WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
+"""Hparams that name the pretrained weights of a run."""
+
+
+def assign_rows(collected: CollectedRuns) -> None:
+    """Set `row` of every run and planned job, and add a note where runs of one label have different protocols.
+
+    A row is named by its label. Where runs of one label on one data set differ in their protocol, the differing
+    values follow in brackets, e.g. `ERM (steps=100)`.
+    """
+    # DEVIATION: DomainBed merges all runs of equal dataset, algorithm, test_envs and seeds, without a warning.
+    groups: dict[tuple[str, str], tuple[list[Run], list[PlannedJob]]] = defaultdict(lambda: ([], []))
+    for run in collected.runs:
+        groups[run.label, run.args["dataset"]][0].append(run)
+    for plan in collected.planned:
+        groups[plan.job.row, plan.job.args["dataset"]][1].append(plan)
+    for (label, dataset), (runs, planned) in groups.items():
+        protocols = list_protocols(runs, planned)
+        values_of: dict[str, set[str]] = defaultdict(set)
+        for protocol in protocols:
+            for name, value in protocol.items():
+                values_of[name].add(value)
+        differing = [name for name, values in values_of.items() if len(values) > 1]
+        members: list[Run | PlannedJob] = [*runs, *planned]
+        for member, protocol in zip(members, protocols, strict=True):
+            shown = ", ".join(f"{name}={protocol.get(name, 'unknown')}" for name in differing)
+            member.row = f"{label} ({shown})" if shown else label
+        assign_planned_rows(runs, planned, protocols)
+        if differing:
+            counts = Counter(run.row for run in runs)
+            rows = ", ".join(f"{row!r} ({number} runs)" for row, number in counts.items())
+            names = ", ".join(differing)
+            collected.notes.append(f"runs of {label!r} on {dataset} differ in {names}, so each has its own row: {rows}")
+
+
+def assign_planned_rows(
+    runs: Sequence[Run], planned: Sequence[PlannedJob], protocols: Sequence[Mapping[str, str]]
+) -> None:
+    """Give a planned job the row of its own run, or else the only row whose protocol does not contradict its own.
+
+    `protocols` are those of the runs, then those of the planned jobs.
+    """
+    row_of_folder = {run.folder: run.row for run in runs}
+    protocol_of_row = {run.row: protocol for run, protocol in zip(runs, protocols, strict=False)}
+    for plan, protocol in zip(planned, protocols[len(runs) :], strict=True):
+        rows = [
+            row
+            for row, other in protocol_of_row.items()
+            if all(other.get(name, value) == value for name, value in protocol.items())
+        ]
+        plan.row = row_of_folder.get(str(plan.job.folder), rows[0] if len(rows) == 1 else plan.row)
+
+
+def list_protocols(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[dict[str, str]]:
+    """Return the protocols of runs, then of planned jobs: name of a setting -> its value as text.
+
+    A record may lack a setting, which then has no entry: only what both of two runs state can differ.
+    """
+    settings: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
+    for run in runs:
+        model = {name: run.hparams.get(name, "none") for name in WEIGHTS if run.hparams}
+        settings.append((run.args, model if run.image_size is None else model | {"image_size": run.image_size}))
+    settings += [({**PROTOCOL, "hparams": None, **plan.job.args}, {}) for plan in planned]
+    overrides = [parse_overrides(args) for args, _ in settings]
+    names = dict.fromkeys(name for values in overrides for name in values or ())
+    protocols = []
+    for (args, model), own in zip(settings, overrides, strict=True):
+        values = REMOVED | {name: args[name] for name in PROTOCOL if name in args}
+        if own is not None:
+            values |= {name: own.get(name) for name in names if name in own or name not in WEIGHTS}
+        protocols.append({name: format_value(value) for name, value in (values | model).items()})
+    return protocols
+
+
+def parse_overrides(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the argument `hparams` of a run sets, however it was typed; None where the arguments lack it."""
+    if "hparams" not in args:
+        return None
+    try:
+        overrides = json.loads(args["hparams"] or "{}")
+    except (TypeError, ValueError):
+        overrides = args["hparams"]
+    return overrides if isinstance(overrides, dict) else {"hparams": overrides}
+
+
+def format_value(value: object) -> str:
+    """Return the value of a setting as a table shows it."""
+    if value is None:
+        return "default"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
