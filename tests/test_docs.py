@@ -258,6 +258,15 @@ def test_the_citation_names_this_version() -> None:
     assert re.search(r"^version: (.+)$", text_of("CITATION.cff"), re.MULTILINE)[1] == domainbed_hp.__version__  # type: ignore[index]
 
 
+def test_the_layout_in_design_is_that_of_the_package() -> None:
+    layout = next(
+        block for block in re.findall(r"```\n(.*?)```", text_of("docs/design.md"), re.DOTALL) if "seeds.py" in block
+    )
+    package = {name for name in re.findall(r"^  (\w+(?:\.py|/))", layout, re.MULTILINE)}
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "domainbed_hp").iterdir()}
+    assert package == there - {"__init__.py", "__pycache__/"}
+
+
 # Tables of hparams
 
 
