@@ -24,8 +24,8 @@ from tabulate import tabulate
 from torchvision import transforms
 
 from domainbed_hp.datasets.folder import FolderImages, read_folder
-from domainbed_hp.datasets.loading.loader import EvalLoader, TrainSteps
-from domainbed_hp.datasets.loading.transforms import Decoded, Views
+from domainbed_hp.datasets.loading.loader import EvalLoader, TrainLoader
+from domainbed_hp.datasets.loading.transforms import DecodedViews, ImageViews
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalise, Preprocess
 from domainbed_hp.scripts.prepare import main as prepare
@@ -78,13 +78,17 @@ def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[s
     def in_place(x: torch.Tensor) -> torch.Tensor:
         return x.sub_(normalise.mean).div_(normalise.std)
 
-    def ours(environments: Sequence[Views], last: Callable[[torch.Tensor], object] | None) -> Callable[[int], object]:
-        steps = TrainSteps(environments, split, range(4), BATCH, preprocess, 0)
+    def ours(
+        environments: Sequence[ImageViews], last: Callable[[torch.Tensor], object] | None
+    ) -> Callable[[int], object]:
+        steps = TrainLoader(environments, split, range(4), BATCH, preprocess, 0)
         scored = [EvalLoader(env, order[i], BATCH) for i, env in enumerate(environments)]
 
         def turn(t: int) -> object:
             batch = (
-                scored[t % 4][t % (len(order[t % 4]) // BATCH)] if augmentation == "none" else steps.minibatch(t % 4, t)
+                scored[t % 4][t % (len(order[t % 4]) // BATCH)]
+                if augmentation == "none"
+                else steps.make_minibatch(t % 4, t)
             )
             return last(batch.to(CPU, preprocess)[0]) if last else batch
 
@@ -94,7 +98,7 @@ def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[s
         "pillow": theirs,
         "prepared": ours(prepared.environments, in_place),
         "prepared, copy": ours(prepared.environments, normalise),
-        "files": ours([Decoded(env, preprocess) for env in files], in_place),
+        "files": ours([DecodedViews(env, preprocess) for env in files], in_place),
         "prepared, host alone": ours(prepared.environments, None),
     }
     turns = {name: lambda r, load=load: time_image(load, images, r) for name, load in variants.items()}

@@ -1,7 +1,9 @@
 """Files that are whole on disk, or not there, and the folder of those that can be made again."""
 
 import contextlib
+import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,33 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path`; where another process holds it, print `message` to stderr and wait."""
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(message, file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Before the release: a process that waits notices that the file is gone, and makes a new one to lock.
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        lock.release()
 
 
 def cache_dir() -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from domainbed_hp import records
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training import feature_cache
 from domainbed_hp.training.evaluation import evaluation
@@ -51,6 +51,6 @@ def computed(data: Path, **settings: Any) -> list[Any]:
     """The environments of a run as features, without training."""
     run = plan(args(Path("not_written"), data, **settings))
     algorithm = build(run.recipe)
-    with evaluation(algorithm), Workers(0) as workers:
+    with evaluation(algorithm), ThreadPool(0) as workers:
         found = feature_cache.cached_features(run, algorithm, 16, workers)
     return found or []

@@ -1,11 +1,12 @@
-"""Reads `domain/class/image` folders, in the order in which torchvision's ImageFolder does."""
+"""Read `domain/class/image` folders, in the order in which torchvision's ImageFolder does."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from domainbed_hp.registry import UsageError
 
 # torchvision.datasets.folder.IMG_EXTENSIONS; the same files in the same order give DomainBed's splits.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-MAX_LISTED = 10
+MAX_LINES = 10
+"""Number of problems that an error message lists."""
 
 
 class FolderImages:
-    """Images on disk, decoded at each access; an image that cannot be is a `UsageError` that names its path."""
+    """Images on disk, decoded at each access; an image that cannot be decoded is a `UsageError` with its path."""
 
     def __init__(self, paths: list[str], labels: np.ndarray) -> None:
         self.paths = paths
@@ -31,7 +33,7 @@ class FolderImages:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Image.Image:
-        # DEVIATION: DomainBed sets LOAD_TRUNCATED_IMAGES, which fills what is missing of a damaged file with grey.
+        # DEVIATION: DomainBed sets LOAD_TRUNCATED_IMAGES, which fills the missing part of a damaged file with grey.
         try:
             with Image.open(self.paths[i]) as image:
                 return image.convert("RGB")
@@ -39,26 +41,24 @@ class FolderImages:
             raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
 
     def fingerprint(self) -> str:
-        """Of names, sizes, and when contents and inodes changed, so that a copy is another folder.
+        """Return a digest of names, labels, sizes, and times of change of contents and inodes.
 
-        Times of modification alone are what archives say: two folders unpacked from different ones may share them.
+        A copy of a folder therefore has another digest. Modification times alone are not enough: they come from the
+        archive, and two folders unpacked from different archives may have the same ones.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         root = os.path.commonpath(self.paths)
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             status = os.stat(path)
             name = os.path.relpath(path, root).replace(os.sep, "/")
-            found.update(
-                f"{name}\n{label} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
-        return found.hexdigest()
+            line = f"{name}\n{label} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies in a data set's folder; `environments` are those of `spec.domain_folders` that can be read."""
+class FolderContents:
+    """The contents of a data set's folder; `environments` has those of `spec.domain_folders` that can be read."""
 
     class_names: tuple[str, ...]
     environments: dict[str, FolderImages]
@@ -70,126 +70,126 @@ class Found:
 
 
 def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], list[FolderImages]]:
-    """Class names and one `FolderImages` per environment; `UsageError` lists everything that is wrong.
+    """Return the class names and one `FolderImages` for every environment; `UsageError` lists everything that is wrong.
 
-    Reads names and image headers, decodes nothing.
+    Reads names and image headers; decodes nothing.
     """
     root = data_dir / spec.folder
-    found = find_images(spec, root, headers=True)
-    say_build(spec, root, found.counts)
-    return found.class_names, list(found.environments.values())
+    contents = find_images(spec, root, headers=True)
+    print_build(spec, root, contents.counts)
+    return contents.class_names, list(contents.environments.values())
 
 
-def find_images(spec: DatasetSpec, root: Path, *, headers: bool = False) -> Found:
-    """The image files in `root`, by their names and, with `headers`, what they begin with.
+def find_images(spec: DatasetSpec, root: Path, *, headers: bool = False) -> FolderContents:
+    """Find the image files in `root` by their names, and with `headers` check how they begin.
 
     `UsageError` lists everything that is wrong.
     """
     try:
-        found = look(spec, root)
+        contents = scan_folder(spec, root)
     except OSError as error:
         raise UsageError(
             f"{spec.name}: cannot read {root}: {error.strerror}. "
             f"--data_dir is the folder that holds {spec.folder}/, which holds {', '.join(spec.domain_folders)}"
         ) from error
-    paths = (path for images in found.environments.values() for path in images.paths if headers)
-    problems = found.problems + [problem for path in paths if (problem := header_problem(path))]
+    paths = (path for images in contents.environments.values() for path in images.paths if headers)
+    problems = contents.problems + [problem for path in paths if (problem := check_header(path))]
     if problems:
         raise UsageError(
-            f"{spec.name} in {root} is not as expected:{listed(problems)}\n"
+            f"{spec.name} in {root} is not as expected:{format_lines(problems)}\n"
             "Move away what does not belong there and copy or download again what is missing."
         )
-    return found
+    return contents
 
 
-def say_build(spec: DatasetSpec, where: Path, counts: tuple[int, ...]) -> None:
-    """A line on stderr where several builds are known, or the images per environment are of none."""
-    build = build_of(spec, counts)
+def print_build(spec: DatasetSpec, folder: Path, counts: tuple[int, ...]) -> None:
+    """Print to stderr the build of the data set where several are known, or a warning where it is of none."""
+    build = find_build(spec, counts)
     if build is None:
-        # Not warnings.warn: a count that differs is no reason to stop where warnings are errors.
+        # Not warnings.warn: an unknown count is no reason to stop where warnings are errors.
         print(
-            f"warning: {spec.name} in {where} has {counts} images per environment, {expected_counts(spec)}",
+            f"warning: {spec.name} in {folder} has {counts} images per environment, {describe_counts(spec)}",
             file=sys.stderr,
         )
     elif build:
-        print(f"{spec.name} in {where} is the build {build}", file=sys.stderr)
+        print(f"{spec.name} in {folder} is the build {build}", file=sys.stderr)
 
 
-def look(spec: DatasetSpec, root: Path) -> Found:
-    """What lies in `root`, by names alone; `OSError` where it cannot be read."""
-    found = subfolders(root)
-    problems = differences(f"environment folder of {root}", spec.domain_folders, found)
+def scan_folder(spec: DatasetSpec, root: Path) -> FolderContents:
+    """List the contents of `root`, by names alone; `OSError` where it cannot be read."""
+    domains = list_subfolders(root)
+    problems = compare_names(f"environment folder of {root}", spec.domain_folders, domains)
     classes = {}
-    for domain in [name for name in spec.domain_folders if name in found]:
+    for domain in [name for name in spec.domain_folders if name in domains]:
         try:
-            classes[domain] = subfolders(root / domain)
+            classes[domain] = list_subfolders(root / domain)
         except OSError as error:
             problems.append(f"cannot read {root / domain}: {error.strerror}")
     # DEVIATION: DomainBed numbers the classes of each environment by itself; a missing folder shifts its labels.
     names = spec.class_names or tuple(sorted(set().union(*classes.values())))
     if classes and len(names) != spec.num_classes:
-        problems.append(f"found {len(names)} classes in all, expected {spec.num_classes}")
+        problems.append(f"got {len(names)} classes in all, expected {spec.num_classes}")
 
     environments = {}
     for domain, folders in classes.items():
-        problems += differences(f"class folder of {root / domain}", names, folders)
-        files = [(path, label) for label, name in enumerate(names) for path in images(root / domain / name)]
-        filled = {label for _, label in files}
+        problems += compare_names(f"class folder of {root / domain}", names, folders)
+        files = [(path, label) for label, name in enumerate(names) for path in list_images(root / domain / name)]
+        labels = {label for _, label in files}
         problems += [
             f"no images in {root / domain / name}"
             for label, name in enumerate(names)
-            if name in folders and label not in filled
+            if name in folders and label not in labels
         ]
         environments[domain] = FolderImages([path for path, _ in files], np.array([label for _, label in files], int))
-    return Found(names, environments, problems)
+    return FolderContents(names, environments, problems)
 
 
-def build_of(spec: DatasetSpec, counts: tuple[int, ...]) -> str | None:
-    """The name of the build with so many images per environment; empty: the only one; None: no known one."""
+def find_build(spec: DatasetSpec, counts: tuple[int, ...]) -> str | None:
+    """Return the name of the build with these images per environment; "" for the only build, None for no known one."""
     return next((name for name, known in spec.builds.items() if counts == known), None if spec.builds else "")
 
 
-def expected_counts(spec: DatasetSpec) -> str:
-    """What to say where the images per environment are of no known build."""
+def describe_counts(spec: DatasetSpec) -> str:
+    """Return the expected numbers of images in words, for a message that names other numbers."""
     known = [f"{counts}" + (f" (the build {name})" if name else "") for name, counts in spec.builds.items()]
     return f"expected {' or '.join(known)}; published results are of {'one of these' if len(known) > 1 else 'these'}"
 
 
-def listed(problems: list[str]) -> str:
-    """One line per problem, the first `MAX_LISTED` of them."""
-    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    return "".join(f"\n  {line}" for line in [*problems[:MAX_LISTED], *more])
+def format_lines(problems: list[str]) -> str:
+    """Return one indented line for each of the first `MAX_LINES` problems, and the number of the others."""
+    more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
+    return "".join(f"\n  {line}" for line in [*problems[:MAX_LINES], *more])
 
 
-def differences(what: str, expected: tuple[str, ...], found: list[str]) -> list[str]:
-    """One line per missing and per unexpected folder."""
-    return [f"missing {what}: {name}" for name in expected if name not in found] + [
-        f"unexpected {what}: {name}" for name in found if name not in expected
+def compare_names(kind: str, expected: Collection[str], actual: Collection[str]) -> list[str]:
+    """Return one line for every missing and every unexpected name."""
+    return [f"missing {kind}: {name}" for name in expected if name not in actual] + [
+        f"unexpected {kind}: {name}" for name in actual if name not in expected
     ]
 
 
-def ignored(name: str) -> bool:
-    """Whether `name` is hidden or litter of an archive program."""
+def is_ignored(name: str) -> bool:
+    """Return True for a hidden name and for the litter of archive programs."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not ignored(entry.name))
+def list_subfolders(folder: Path) -> list[str]:
+    """Return the names of the folders in `folder`, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_ignored(entry.name))
 
 
-def images(folder: Path) -> Iterator[str]:
-    """Paths of the images under `folder` in ImageFolder's order; anything else is ignored."""
+def list_images(folder: Path) -> Iterator[str]:
+    """Yield the paths of the images under `folder` in ImageFolder's order; all other files are ignored."""
     for parent, _, files in sorted(os.walk(folder, followlinks=True)):
-        if any(map(ignored, Path(parent).relative_to(folder).parts)):
+        if any(map(is_ignored, Path(parent).relative_to(folder).parts)):
             continue
         for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not ignored(name):
+            if name.lower().endswith(EXTENSIONS) and not is_ignored(name):
                 yield os.path.join(parent, name)
 
 
-def header_problem(path: str) -> str | None:
-    """What is wrong with the header of an image file, if anything."""
+def check_header(path: str) -> str | None:
+    """Return the problem with the header of an image file, None where there is none."""
     try:
         with Image.open(path):
             return None
@@ -199,12 +199,25 @@ def header_problem(path: str) -> str | None:
         return f"cannot read {path}: {error}"
 
 
-def find_root(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The shallowest folder, `folder` itself included, that holds a folder of each name."""
+def decode_image(data: bytes) -> tuple[Image.Image | None, str]:
+    """Return (RGB image, "") from the bytes of a file, or (None, the reason why they cannot be decoded)."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB"), ""
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:  # its message holds an address in memory
+        return None, "not an image"
+    except Exception as error:  # damaged files make decoders raise almost anything
+        return None, " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def find_root(folder: Path, names: Collection[str]) -> Path | None:
+    """Return the shallowest folder, `folder` itself included, that holds a folder of every name."""
     level = [folder]
     while level:
         for candidate in level:
-            if set(names) <= set(subfolders(candidate)):
+            if set(names) <= set(list_subfolders(candidate)):
                 return candidate
-        level = [candidate / name for candidate in level for name in subfolders(candidate)]
+        level = [candidate / name for candidate in level for name in list_subfolders(candidate)]
     return None

@@ -1,4 +1,4 @@
-"""What a data set is: one `DatasetSpec` of facts, and one `Images` per environment."""
+"""A data set: its facts (`DatasetSpec`), its raw images (`Images`), and the opened data set (`Dataset`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from domainbed_hp.datasets.loading.transforms import ImageViews
+
 
 class Images(Protocol):
     """The raw images of one environment; `labels` is (N,) int64, an item is an RGB image."""
@@ -26,7 +28,7 @@ class Images(Protocol):
 
 
 class ArrayImages:
-    """Images held in memory: uint8 array (N, H, W, 3) and labels (N,)."""
+    """Images in memory: uint8 array (N, H, W, 3) and labels (N,)."""
 
     def __init__(self, array: np.ndarray, labels: np.ndarray) -> None:
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or labels.shape != array.shape[:1]:
@@ -45,29 +47,29 @@ class ArrayImages:
         return Image.fromarray(self.array[i])
 
     def fingerprint(self) -> str:
-        """Of every pixel."""
-        found = hashlib.sha256(repr(self.array.shape).encode())
+        """Return a digest of all pixels and labels."""
+        digest = hashlib.sha256(repr(self.array.shape).encode())
         for array in (self.array, self.labels):
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One file of a download; what is not a zip or tar is kept as it is."""
+    """One file of a download; a file that is no zip or tar archive is copied as it is."""
 
     name: str
     sources: tuple[str, ...]
-    """Tried in this order: URLs, and `gdrive:<file id>`."""
+    """URLs, or `gdrive:<file id>`, in the order in which they are tried."""
     sha256: str = ""
-    """Empty: nobody published one; the first good download records its own."""
+    """The published digest; where it is empty, the first good download records its own."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """The facts of one data set; per-environment tuples are in the order of `environments`.
+    """The facts of one data set; tuples with one item per environment are in the order of `environments`.
 
-    A folder data set lies in `data_dir/folder/domain_folders[i]/<class>/<image>`; one that is made gives `build`.
+    The images lie in `data_dir/folder/domain_folders[i]/<class>/<image>`, or `build` makes them.
     """
 
     name: str
@@ -75,17 +77,17 @@ class DatasetSpec:
     """Labels of the environments, as DomainBed's ENVIRONMENTS."""
     num_classes: int
     class_names: tuple[str, ...] | None = None
-    """In the order of the class index; None: the sorted class folders."""
+    """Class names in the order of the labels; None: the sorted names of the class folders."""
     folder: str = ""
     domain_folders: tuple[str, ...] = ()
     image_counts: tuple[int, ...] = ()
     """Images per environment; empty: not known for certain."""
     build_name: str = ""
-    """Of the build with these images, where others are in circulation."""
+    """Name of the build with these images, where other builds are in circulation."""
     other_builds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Name -> images per environment of another build in circulation, with which published results were made."""
+    """Name -> images per environment of other builds in circulation, with which published results were made."""
     image_size: int = 224
-    """Side of x for algorithms that have no tower of their own."""
+    """Height and width of x for algorithms without a tower of their own."""
     steps: int = 5001
     checkpoint_freq: int = 300
     licence: str = ""
@@ -93,11 +95,22 @@ class DatasetSpec:
     homepage: str = ""
     archives: tuple[Archive, ...] = ()
     arrange: Callable[[Path], None] | None = None
-    """Turns the folder that all archives were unpacked into to `domain_folders`, where they do not hold these."""
+    """Function that sorts the unpacked archives into `domain_folders`, where they do not have these folders."""
     build: Callable[[], list[Images]] | None = None
-    """Makes the environments' images; such data needs no `data_dir`."""
+    """Function that makes the images of all environments; such a data set needs no `data_dir`."""
 
     @property
     def builds(self) -> dict[str, tuple[int, ...]]:
         """Name -> images per environment of every known build, its own first."""
         return {self.build_name: self.image_counts, **self.other_builds} if self.image_counts else {}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set, with the images of every environment."""
+
+    spec: DatasetSpec
+    class_names: tuple[str, ...]
+    environments: list[ImageViews]
+    source: str
+    """The origin of the images in words: made, image files, or prepared."""

@@ -1,4 +1,4 @@
-"""Splits of an environment: `in` to train on, `out` held out, `uda` unlabeled images of a test environment."""
+"""Split environments: `in` to train on, `out` held out, `uda` the unlabeled images of a test environment."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from domainbed_hp.seeds import seed_hash
 
 
 def split_dataset(n: int, size: int, seed: int) -> tuple[list[int], list[int]]:
-    """The first `size` and the rest of a permutation of range(n): DomainBed's lib/misc.py, index for index."""
+    """Return the first `size` items and the rest of a permutation of range(n), as DomainBed's lib/misc.py."""
     keys = list(range(n))
     np.random.RandomState(seed).shuffle(keys)
     return keys[:size], keys[size:]
 
 
-def splits(
+def split_environments(
     lengths: Sequence[int],
     test_envs: Collection[int],
     trial_seed: int,
     holdout_fraction: float = 0.2,
     uda_holdout_fraction: float = 0.0,
 ) -> list[dict[str, list[int]]]:
-    """Indices {"in", "out"[, "uda"]} per environment of `lengths` images, a function of the trial seed alone.
+    """Return the indices of the splits {"in", "out"[, "uda"]} of every environment, a function of the trial seed alone.
 
-    Source: DomainBed's scripts/train.py. Test environments give `uda_holdout_fraction` of their `in` to `uda`,
-    which is there unless empty.
-    # DEVIATION: DomainBed names uda splits by their position among uda splits; here each belongs to its environment.
+    `lengths` are the numbers of images. Test environments give `uda_holdout_fraction` of their `in` to `uda`, which is
+    left out where it is empty. Source: DomainBed's scripts/train.py.
     """
+    # DEVIATION: DomainBed names uda splits by their position among uda splits; here they belong to their environment.
     for name, fraction in (("holdout_fraction", holdout_fraction), ("uda_holdout_fraction", uda_holdout_fraction)):
         if not 0 <= fraction < 1:
             raise UsageError(f"{name}: got {fraction}, expected a number from 0 to below 1")

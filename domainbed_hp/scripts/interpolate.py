@@ -53,8 +53,8 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
     """What is measured at every alpha; buffers are those of the trained model at each."""
     import torch
 
-    from domainbed_hp.datasets.loading.loader import eval_loaders
-    from domainbed_hp.datasets.loading.prefetch import Workers
+    from domainbed_hp.datasets.loading.loader import make_eval_loaders
+    from domainbed_hp.datasets.loading.prefetch import ThreadPool
     from domainbed_hp.plugins import import_plugin
     from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation, score, scored
     from domainbed_hp.training.loop import untrained
@@ -82,9 +82,9 @@ def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[fl
     cast = torch.autocast(of.device.type, torch.bfloat16, enabled=of.args.precision == "bf16")
     environments, limit = of.dataset.environments, of.args.eval_images
     rows = {}
-    with Workers(of.num_workers) as workers:
+    with ThreadPool(of.num_workers) as workers:
         batch_size = EVAL_BATCH["cuda" if of.on_gpu else "cpu"]
-        loaders = eval_loaders(environments, of.scored, batch_size, workers, max_images=limit, pin=of.on_gpu)
+        loaders = make_eval_loaders(environments, of.scored, batch_size, workers, max_images=limit, pin=of.on_gpu)
         for alpha in alphas:
             with holding(wise.parameters, wise.between(alpha)), evaluation(algorithm), cast:
                 scores = {name: score(algorithm, each, of.device, of.preprocess) for name, each in loaders.items()}

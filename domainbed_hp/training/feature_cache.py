@@ -25,8 +25,8 @@ from tqdm import tqdm
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
-from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.datasets.loading.transforms import Views
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
+from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.prepared import index
 from domainbed_hp.files import cache_dir
 from domainbed_hp.networks.clip import find_clip
@@ -45,7 +45,7 @@ class Damaged(OSError):
 
 @dataclass(frozen=True)
 class FeatureViews:
-    """The `Views` of one environment as features: an image is float32 (E,)."""
+    """The `ImageViews` of one environment as features: an image is float32 (E,)."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -53,10 +53,10 @@ class FeatureViews:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def training(self, i: int) -> np.ndarray:
+    def load_training_view(self, i: int) -> np.ndarray:
         raise TypeError("features cannot be augmented")
 
-    def evaluation(self, i: int) -> np.ndarray:
+    def load_evaluation_view(self, i: int) -> np.ndarray:
         view: np.ndarray = self.features[i]
         return view
 
@@ -64,7 +64,7 @@ class FeatureViews:
         return ""
 
 
-def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: Workers) -> list[Views] | None:
+def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: ThreadPool) -> list[ImageViews] | None:
     """The environments of a run as features, computed by `algorithm` where nobody has yet.
 
     None where they change, cannot be told from others or cannot be kept, and with `--features encode`. The caller has
@@ -138,7 +138,7 @@ def opened(folder: Path) -> list[np.ndarray]:
 
 
 def open_or_compute(
-    folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: Workers
+    folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool
 ) -> list[np.ndarray] | None:
     """The features in `folder`; of the jobs that find none one computes them and the others wait.
 
@@ -183,7 +183,7 @@ def asked(run: Plan) -> int:
 
 
 def write(
-    folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: Workers
+    folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool
 ) -> None:
     """Every image of every environment, whether a split holds it or not; `about.json` comes last."""
     environments = run.dataset.environments
@@ -205,7 +205,7 @@ def write(
 
 
 def encoded(
-    views: Views, run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: Workers
+    views: ImageViews, run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool
 ) -> Iterator[np.ndarray]:
     """Features of all images in order; where a GPU runs out of memory, the rest in batches of half the size."""
     done = 0

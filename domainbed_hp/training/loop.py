@@ -18,8 +18,8 @@ from tqdm import tqdm
 from domainbed_hp import records
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Metrics
-from domainbed_hp.datasets.loading.loader import EvalLoader, eval_loaders
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.loader import EvalLoader, make_eval_loaders
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
@@ -57,7 +57,7 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
         remove_temporary_files(run.output_dir)
         before = find_before(run)
         stack.enter_context(log_to(run.output_dir))
-        workers = stack.enter_context(Workers(run.num_workers))
+        workers = stack.enter_context(ThreadPool(run.num_workers))
         stop = stack.enter_context(stop_signals())
         print_header(asdict(args), run.hparams, versions(run.device))
         print(f"Images: {run.dataset.source}")
@@ -77,7 +77,7 @@ def train(args: RunArgs, held: Claim | None = None) -> None:
 class Training:
     """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record."""
 
-    def __init__(self, run: Plan, held: Claim, workers: Workers, stop: Stop) -> None:
+    def __init__(self, run: Plan, held: Claim, workers: ThreadPool, stop: Stop) -> None:
         self.run, self.held, self.workers, self.stop = run, held, workers, stop
         self.step = -1
         self.since = Logged(run.device)
@@ -101,7 +101,7 @@ class Training:
         if features and run.preprocess.augmentation == "none":
             self.run = run.on(features)
         environments = features or run.dataset.environments
-        self.scored = eval_loaders(environments, run.scored, batch_size, workers, max_images=limit, pin=run.on_gpu)
+        self.scored = make_eval_loaders(environments, run.scored, batch_size, workers, max_images=limit, pin=run.on_gpu)
         some = min(PROBE, limit or PROBE)
         held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
         self.probe = [loader[0].to(run.device, run.preprocess) for loader in held_out if len(loader)]

@@ -11,10 +11,10 @@ import torch
 
 from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
-from domainbed_hp.datasets.loading.loader import TrainSteps
-from domainbed_hp.datasets.loading.transforms import Views
+from domainbed_hp.datasets.loading.loader import TrainLoader
+from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
-from domainbed_hp.datasets.splits import splits
+from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
@@ -82,24 +82,26 @@ class Plan:
         """As DomainBed's: of the smallest environment, test environments included."""
         return min(len(split["in"]) for split in self.split) / float(self.hparams["batch_size"])
 
-    def on(self, environments: list[Views]) -> Plan:
+    def on(self, environments: list[ImageViews]) -> Plan:
         """The same run on other views of the same images, such as their features."""
         return replace(self, dataset=replace(self.dataset, environments=environments))
 
-    def batches(self) -> TrainSteps:
+    def batches(self) -> TrainLoader:
         """The labeled minibatches of each step."""
         return self._steps(self.train_envs, class_balanced=self.hparams.get("class_balanced", False))
 
-    def unlabeled_batches(self) -> TrainSteps | None:
+    def unlabeled_batches(self) -> TrainLoader | None:
         """Those of the test environments, for domain adaptation."""
         if self.args.task != "domain_adaptation":
             return None
         return self._steps(list(self.args.test_envs), unlabeled=True)
 
-    def _steps(self, envs: list[int], **options: bool) -> TrainSteps:
+    def _steps(self, envs: list[int], **options: bool) -> TrainLoader:
         batch_size, seed = self.hparams["batch_size"], self.args.seed
         environments = self.dataset.environments
-        return TrainSteps(environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options)
+        return TrainLoader(
+            environments, self.split, envs, batch_size, self.preprocess, seed, pin=self.on_gpu, **options
+        )
 
 
 def plan(args: RunArgs) -> Plan:
@@ -120,7 +122,9 @@ def plan(args: RunArgs) -> Plan:
     preprocess = algorithm.preprocess(hparams, spec.image_size)
     dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, preprocess)
     lengths = [len(images) for images in dataset.environments]
-    split = splits(lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction)
+    split = split_environments(
+        lengths, args.test_envs, args.trial_seed, args.holdout_fraction, args.uda_holdout_fraction
+    )
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
         raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from domainbed_hp.datasets.loading.augment import Draws
-from domainbed_hp.datasets.loading.transforms import RESAMPLING, channels_first
+from domainbed_hp.datasets.loading.transforms import RESAMPLING, to_channels_first
 
 OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
@@ -32,7 +32,7 @@ def augment(images: Sequence[Image.Image], draws: Draws, size: int, interpolatio
                 image = OPERATIONS[number](image, float(draws.colour.factors[i, number]))
             if draws.colour.grey[i]:
                 image = image.convert("L").convert("RGB")
-        done.append(channels_first(image))
+        done.append(to_channels_first(image))
     return np.stack(done)
 
 

@@ -12,19 +12,19 @@ from torchvision import transforms
 from domainbed_hp.datasets.loading.augment import (
     OPERATIONS,
     Draws,
+    adjust_hue,
     augment,
-    crop_boxes,
-    crops_by_kernel,
-    crops_by_matrix,
-    draw,
-    hue,
-    jitter,
+    crop_by_kernel,
+    crop_by_matrix,
+    draw_augmentation,
+    draw_boxes,
+    jitter_colours,
 )
 from domainbed_hp.networks.preprocess import Preprocess
 
 CPU = torch.device("cpu")
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
-CROPS = {"kernel": crops_by_kernel, "matrix": crops_by_matrix}
+CROPS = {"kernel": crop_by_kernel, "matrix": crop_by_matrix}
 
 
 def sizes(count: int, height: int, width: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
 @pytest.mark.parametrize("size", [48, 160])
 def test_crops_are_torchvisions_given_the_same_draws(crops, interpolation, size):
     images = [photo(130, 90, seed) for seed in range(6)]
-    draws = draw(sizes(6, 90, 130), "crop_flip", np.random.default_rng(0))
+    draws = draw_augmentation(sizes(6, 90, 130), "crop_flip", np.random.default_rng(0))
     x = CROPS[crops](torch.from_numpy(np.stack([np.asarray(i) for i in images])), draws, size, interpolation)
     assert set(draws.flip) == {True, False}
     for ours, image, box, flip in zip(x, images, draws.box.tolist(), draws.flip, strict=True):
@@ -70,7 +70,7 @@ def test_what_pads_an_image_is_never_seen(crops):
 def test_hue_is_torchvisions(turns):
     plain = [[0, 0, 0], [1, 1, 1], [0.4, 0.4, 0.4], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]]
     x = torch.cat([torch.rand(4, 3, 20, 30), torch.tensor(plain)[:, :, None, None].expand(-1, -1, 20, 30)])
-    ours = hue(x, torch.full((len(x), 1, 1, 1), 1 + turns))
+    ours = adjust_hue(x, torch.full((len(x), 1, 1, 1), 1 + turns))
     assert (ours - F.adjust_hue(x, turns)).abs().max() < 1e-5
 
 
@@ -85,7 +85,7 @@ def test_each_operation_is_torchvisions(number):
 
 def test_every_image_has_its_own_order_of_operations():
     x = torch.rand(24, 3, 8, 8)
-    colour = draw(sizes(24, 8, 8), "domainbed", np.random.default_rng(0)).colour
+    colour = draw_augmentation(sizes(24, 8, 8), "domainbed", np.random.default_rng(0)).colour
     assert len({tuple(order) for order in colour.order}) > 10 and 0 < colour.grey.sum() < 24
     expected = x.clone()
     for i in range(24):
@@ -95,13 +95,13 @@ def test_every_image_has_its_own_order_of_operations():
             )[0]
         if colour.grey[i]:
             expected[i] = F.rgb_to_grayscale(expected[i], 3)
-    assert torch.allclose(jitter(x.clone(), colour), expected, atol=2e-4)
+    assert torch.allclose(jitter_colours(x.clone(), colour), expected, atol=2e-4)
 
 
 def test_batched_and_pillow_show_the_same_images():
     """Up to rounding: Pillow rounds after each operation, and its hue has 256 steps."""
     images = [photo(90, 80, seed) for seed in range(16)]
-    draws = draw(sizes(16, 80, 90), "domainbed", np.random.default_rng(0))
+    draws = draw_augmentation(sizes(16, 80, 90), "domainbed", np.random.default_rng(0))
     theirs = torch.from_numpy(pillow_augment.augment(images, draws, 48, "bicubic")).float() / 255
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     ours = augment(stacked, draws, Preprocess(48, "crop", "bicubic", "domainbed"), CPU)
@@ -126,7 +126,7 @@ def test_crops_and_flips_are_distributed_as_torchvisions(crops):
     count = 1500
     column, row = np.meshgrid(np.linspace(20, 235, 96), np.linspace(20, 235, 72))
     image = np.stack([column, row, np.zeros_like(row)], axis=2).astype(np.uint8)
-    draws = draw(sizes(count, 72, 96), "crop_flip", np.random.default_rng(0))
+    draws = draw_augmentation(sizes(count, 72, 96), "crop_flip", np.random.default_rng(0))
     ours = CROPS[crops](torch.from_numpy(image)[None].expand(count, -1, -1, -1), draws, 32, "bilinear")
     torch.manual_seed(0)
     transform = transforms.Compose(
@@ -154,7 +154,7 @@ def test_colours_are_distributed_as_torchvisions():
     count = 1500
     image = photo(40, 40, 3)
     tilted = np.clip(np.asarray(image) * [0.9, 0.6, 0.3] + [20, 10, 0], 0, 255).astype(np.uint8)  # of a clear hue
-    draws = draw(sizes(count, 40, 40), "domainbed", np.random.default_rng(0))
+    draws = draw_augmentation(sizes(count, 40, 40), "domainbed", np.random.default_rng(0))
     stacked = torch.from_numpy(tilted)[None].expand(count, -1, -1, -1)
     ours = augment(stacked, draws, Preprocess(24, "squash", "bilinear", "domainbed"), CPU)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_colours_are_distributed_as_torchvisions():
     ("size", "box"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10)), ((1, 1), (0, 0, 1, 1))]
 )
 def test_extreme_shapes_fall_back_to_the_centre(size, box):
-    assert crop_boxes(np.array([size]), np.random.default_rng(0)).tolist() == [list(box)]
+    assert draw_boxes(np.array([size]), np.random.default_rng(0)).tolist() == [list(box)]
     assert transforms.RandomResizedCrop.get_params(torch.zeros(3, *size), [0.7, 1.0], [3 / 4, 4 / 3]) == box
 
 
@@ -187,17 +187,17 @@ def test_extreme_shapes_fall_back_to_the_centre(size, box):
 def test_an_image_does_not_depend_on_its_neighbours_sizes(augmentation):
     """Draws of a batch are a function of the generator and of its sizes; each crop lies inside its own image."""
     mixed = np.array([[30, 40], [90, 50], [64, 64]] * 50)
-    draws = draw(mixed, augmentation, np.random.default_rng(0))
+    draws = draw_augmentation(mixed, augmentation, np.random.default_rng(0))
     top, left, height, width = draws.box.T
     assert (top >= 0).all() and (left >= 0).all() and (height > 0).all() and (width > 0).all()
     assert (top + height <= mixed[:, 0]).all() and (left + width <= mixed[:, 1]).all()
-    again = draw(mixed, augmentation, np.random.default_rng(0))
+    again = draw_augmentation(mixed, augmentation, np.random.default_rng(0))
     assert np.array_equal(draws.box, again.box) and np.array_equal(draws.flip, again.flip)
 
 
 def test_no_global_generator_is_drawn_from():
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    draws = draw(sizes(8, 40, 40), "domainbed", np.random.default_rng(0))
+    draws = draw_augmentation(sizes(8, 40, 40), "domainbed", np.random.default_rng(0))
     augment(torch.zeros(8, 40, 40, 3, dtype=torch.uint8), draws, Preprocess(32), CPU)
     assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
@@ -205,4 +205,4 @@ def test_no_global_generator_is_drawn_from():
 
 def test_an_unknown_augmentation_is_refused():
     with pytest.raises(ValueError, match="known: 'crop_flip', 'domainbed'"):
-        draw(sizes(1, 8, 8), "autoaugment", np.random.default_rng(0))
+        draw_augmentation(sizes(1, 8, 8), "autoaugment", np.random.default_rng(0))

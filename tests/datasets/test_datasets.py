@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from domainbed_hp.datasets.folder import read_folder
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages, DatasetSpec
-from domainbed_hp.datasets.splits import splits
+from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import DATASETS, UsageError, load
 
@@ -51,7 +51,7 @@ def test_files_and_labels_in_image_folders_order(pets):
     dataset = open_dataset(SPEC, pets, PIXELS)
     assert dataset.class_names == ("cat", "dog") and dataset.source == "image files"
     assert [len(views) for views in dataset.environments] == [7, 4]
-    assert dataset.environments[1].evaluation(3).shape == (3, 8, 8)
+    assert dataset.environments[1].load_evaluation_view(3).shape == (3, 8, 8)
 
 
 def test_litter_is_ignored(pets):
@@ -107,7 +107,7 @@ def test_class_names_from_the_folders_must_agree(pets):
     (pets / "pets" / "art" / "cat").rename(pets / "pets" / "art" / "kitten")
     with pytest.raises(UsageError) as caught:
         open_dataset(spec, pets, PIXELS)
-    for text in ("found 3 classes in all, expected 2", "art: cat", "book: kitten"):
+    for text in ("got 3 classes in all, expected 2", "art: cat", "book: kitten"):
         assert text in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_image_names_its_path(pets):
     with pytest.raises(UsageError, match="book/cat/a.png: cannot decode"):
         images[0]
     with pytest.raises(UsageError, match="book/cat/a.png: cannot decode"):
-        open_dataset(SPEC, pets, PIXELS).environments[1].training(0)
+        open_dataset(SPEC, pets, PIXELS).environments[1].load_training_view(0)
 
 
 def test_an_image_too_large_to_be_one_names_its_path(pets, monkeypatch):
@@ -212,6 +212,6 @@ def test_pacs(shared_data, capsys):
     theirs = ImageFolder(shared_data / "PACS" / "art_painting")
     assert environments[0].paths == [path for path, _ in theirs.samples]
     assert environments[0].labels.tolist() == theirs.targets
-    result = splits([len(images) for images in environments], [0], 0)
+    result = split_environments([len(images) for images in environments], [0], 0)
     assert result[0]["out"][:5] == [548, 677, 1997, 977, 1553]
     assert all(images[0].size == (227, 227) for images in environments)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainSteps, eval_loaders
-from domainbed_hp.datasets.loading.prefetch import Workers
-from domainbed_hp.datasets.loading.transforms import Decoded
+from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainLoader, make_eval_loaders
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
+from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.spec import ArrayImages
-from domainbed_hp.datasets.splits import splits
+from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.registry import UsageError
 
 
@@ -29,19 +29,21 @@ CPU = torch.device("cpu")
 def environment(n, first=0):
     """Image i is one grey level, first + i, and its label is i % 3."""
     levels = np.arange(first, first + n, dtype=np.uint8)
-    return Decoded(ArrayImages(np.broadcast_to(levels[:, None, None, None], (n, 8, 8, 3)), np.arange(n) % 3), PLAIN)
+    return DecodedViews(
+        ArrayImages(np.broadcast_to(levels[:, None, None, None], (n, 8, 8, 3)), np.arange(n) % 3), PLAIN
+    )
 
 
 ENVIRONMENTS = [environment(20), environment(30, 50), environment(6, 100)]
-SPLITS = splits([20, 30, 6], [0], 0, 0.2, 0.5)
+SPLITS = split_environments([20, 30, 6], [0], 0, 0.2, 0.5)
 
 
 def steps(preprocess=PLAIN, seed=0, **options):
-    return TrainSteps(ENVIRONMENTS, SPLITS, [1, 2], 8, preprocess, seed, **options)
+    return TrainLoader(ENVIRONMENTS, SPLITS, [1, 2], 8, preprocess, seed, **options)
 
 
 def decoded(array, labels):
-    return Decoded(ArrayImages(array, labels), PLAIN)
+    return DecodedViews(ArrayImages(array, labels), PLAIN)
 
 
 def finished(batches):
@@ -69,19 +71,19 @@ def test_steps_are_a_function_of_seed_environment_and_step():
     assert not same(first, steps(Preprocess())[4])
     assert not same(first, steps(Preprocess(), seed=1)[3])
     # An environment's minibatch does not depend on which others train.
-    alone = TrainSteps(ENVIRONMENTS, SPLITS, [2], 8, Preprocess(), 0)[3]
+    alone = TrainLoader(ENVIRONMENTS, SPLITS, [2], 8, Preprocess(), 0)[3]
     assert same(alone, first[1:])
 
 
 def test_environments_steps_and_seeds_draw_apart():
     twins = [ENVIRONMENTS[0], ENVIRONMENTS[0]]
-    a, b = TrainSteps(twins, [SPLITS[0]] * 2, [0, 1], 8, PLAIN, 0)[0]
+    a, b = TrainLoader(twins, [SPLITS[0]] * 2, [0, 1], 8, PLAIN, 0)[0]
     assert not torch.equal(a.images, b.images)
     noise = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
     single = [decoded(noise, np.zeros(1))] * 2
 
     def augmented(seed, t):
-        return TrainSteps(single, [{"in": [0]}] * 2, [0, 1], 1, Preprocess(), seed)[t]
+        return TrainLoader(single, [{"in": [0]}] * 2, [0, 1], 1, Preprocess(), seed)[t]
 
     versions = [x.numpy().tobytes() for seed, t in ((0, 0), (0, 1), (1, 0)) for x, _ in finished(augmented(seed, t))]
     assert len(set(versions)) == 6
@@ -99,8 +101,8 @@ def test_resuming_gives_the_same_steps():
 
 
 def test_workers_change_nothing():
-    dataset = TrainSteps(ENVIRONMENTS, SPLITS, [1, 2], 8, Preprocess(), 0)
-    with Workers(2) as workers:
+    dataset = TrainLoader(ENVIRONMENTS, SPLITS, [1, 2], 8, Preprocess(), 0)
+    with ThreadPool(2) as workers:
         there = list(workers.map(dataset.__getitem__, range(6)))
     assert all(same(dataset[t], there[t]) for t in range(6))
 
@@ -115,12 +117,12 @@ def test_images_of_different_sizes_share_a_batch():
         def __len__(self):
             return 6
 
-        def training(self, i):
+        def load_training_view(self, i):
             return self.views[i]
 
         views = [rng.integers(100, 256, (8 + i, 14 - i, 3), np.uint8) for i in range(6)]
 
-    (batch,) = TrainSteps([Sizes()], [{"in": range(6)}], [0], 12, Preprocess(), 3)[0]
+    (batch,) = TrainLoader([Sizes()], [{"in": range(6)}], [0], 12, Preprocess(), 3)[0]
     assert batch.images.shape == (12, 13, 14, 3) and len(set(batch.labels.tolist())) > 2
     for b, i in enumerate(batch.labels.tolist()):
         top, left, height, width = batch.draws.box[b]
@@ -135,7 +137,7 @@ def test_the_augmented_crops_are_pillows_of_the_same_draws():
     noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
     smooth = noise // 64 + 100
     preprocess = Preprocess(augmentation="crop_flip")
-    (batch,) = TrainSteps([decoded(smooth, np.arange(20))], [{"in": range(20)}], [0], 16, preprocess, 5)[0]
+    (batch,) = TrainLoader([decoded(smooth, np.arange(20))], [{"in": range(20)}], [0], 16, preprocess, 5)[0]
     images = [Image.fromarray(smooth[i]) for i in batch.labels.tolist()]
     theirs = pillow_augment.augment(images, batch.draws, 8, "bilinear")
     assert theirs.shape == (16, 3, 8, 8)
@@ -149,7 +151,7 @@ def test_no_global_generator_is_drawn_from():
 
     before = states()
     for number in (0, 1):
-        with Workers(number) as workers:
+        with ThreadPool(number) as workers:
             list(workers.map(steps(Preprocess()).__getitem__, range(2)))
             list(EvalLoader(ENVIRONMENTS[0], range(20), 8, workers))
     assert states() == before
@@ -159,21 +161,21 @@ def test_class_balanced():
     images = decoded(np.zeros((100, 8, 8, 3), np.uint8), np.array([0] * 95 + [1] * 5))
     indices = [{"in": list(range(10, 100)), "out": list(range(10))}]
     for balanced, low, high in ((True, 420, 580), (False, 20, 100)):
-        batch = TrainSteps([images], indices, [0], 1000, PLAIN, 0, class_balanced=balanced)[0]
+        batch = TrainLoader([images], indices, [0], 1000, PLAIN, 0, class_balanced=balanced)[0]
         assert low < int(batch[0].labels.sum()) < high
 
 
 def test_unlabeled_images_are_the_uda_split_not_augmented():
-    ((x, _, draws),) = TrainSteps(ENVIRONMENTS, SPLITS, [0], 8, Preprocess(), 0, unlabeled=True)[0]
+    ((x, _, draws),) = TrainLoader(ENVIRONMENTS, SPLITS, [0], 8, Preprocess(), 0, unlabeled=True)[0]
     assert draws is None and x.shape == (8, 3, 8, 8) and set(x[:, 0, 0, 0].tolist()) <= set(SPLITS[0]["uda"])
     assert (x == x[:, :1, :1, :1]).all()
 
 
 def test_an_empty_split_is_refused():
     with pytest.raises(UsageError, match="environment 1: none of its 30 images is in split 'uda'; pass --uda_holdout"):
-        TrainSteps(ENVIRONMENTS, SPLITS, [1], 8, PLAIN, 0, unlabeled=True)
+        TrainLoader(ENVIRONMENTS, SPLITS, [1], 8, PLAIN, 0, unlabeled=True)
     with pytest.raises(UsageError, match="environment 0: none of its 0 images"):
-        TrainSteps([environment(0)], splits([0], [], 0), [0], 8, PLAIN, 0)
+        TrainLoader([environment(0)], split_environments([0], [], 0), [0], 8, PLAIN, 0)
 
 
 def test_scoring_is_in_order_and_never_augmented():
@@ -186,12 +188,12 @@ def test_scoring_is_in_order_and_never_augmented():
 
 
 def test_nothing_is_read_before_the_first_batch_is_asked_for():
-    class Counted(Decoded):
+    class Counted(DecodedViews):
         reads = 0
 
-        def evaluation(self, i):
+        def load_evaluation_view(self, i):
             self.reads += 1
-            return super().evaluation(i)
+            return super().load_evaluation_view(i)
 
     views = Counted(ENVIRONMENTS[0].images, PLAIN)
     batches = iter(EvalLoader(views, range(20), 8))
@@ -201,7 +203,7 @@ def test_nothing_is_read_before_the_first_batch_is_asked_for():
 
 
 def test_every_split_has_a_loader():
-    loaders = eval_loaders(ENVIRONMENTS, SPLITS, 4)
+    loaders = make_eval_loaders(ENVIRONMENTS, SPLITS, 4)
     assert {name: sum(len(batch.labels) for batch in loader) for name, loader in loaders.items()} == {
         "env0_in": 8,
         "env0_out": 4,
@@ -214,7 +216,7 @@ def test_every_split_has_a_loader():
 
 
 def test_max_images_scores_the_first_of_each_split():
-    loaders = eval_loaders(ENVIRONMENTS, SPLITS, 4, max_images=3)
+    loaders = make_eval_loaders(ENVIRONMENTS, SPLITS, 4, max_images=3)
     (batch,) = loaders["env0_in"]
     assert batch.images[:, 0, 0, 0].tolist() == SPLITS[0]["in"][:3]
     assert sum(len(batch.labels) for batch in loaders["env2_out"]) == 1

@@ -5,7 +5,7 @@ from helpers import photo
 from pillow_augment import augment, shift_hue
 from torchvision import transforms
 
-from domainbed_hp.datasets.loading.augment import draw
+from domainbed_hp.datasets.loading.augment import draw_augmentation
 
 MODES = {"bicubic": transforms.InterpolationMode.BICUBIC, "bilinear": transforms.InterpolationMode.BILINEAR}
 ADJUST = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, lambda i, f: F.adjust_hue(i, f - 1)]
@@ -21,7 +21,7 @@ def test_hue_is_torchvisions_bit_for_bit(turns):
 @pytest.mark.parametrize("augmentation", ["crop_flip", "domainbed"])
 def test_images_are_torchvisions_bit_for_bit_given_the_same_draws(interpolation, augmentation):
     images = [photo(120, 80, seed) for seed in range(12)]
-    draws = draw(np.array([[80, 120]] * 12), augmentation, np.random.default_rng(0))
+    draws = draw_augmentation(np.array([[80, 120]] * 12), augmentation, np.random.default_rng(0))
     ours = augment(images, draws, 48, interpolation)
     assert ours.dtype == np.uint8 and ours.shape == (12, 3, 48, 48)
     for i, image in enumerate(images):

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from domainbed_hp.datasets.loading.prefetch import AHEAD, Workers
+from domainbed_hp.datasets.loading.prefetch import AHEAD, ThreadPool
 from domainbed_hp.registry import UsageError
 
 
@@ -14,13 +14,13 @@ def slow_square(i):
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_results_come_in_order(number):
-    with Workers(number) as workers:
+    with ThreadPool(number) as workers:
         assert list(workers.map(slow_square, range(20))) == [i * i for i in range(20)]
 
 
 def test_only_so_much_is_done_ahead():
     started = []
-    with Workers(2) as workers:
+    with ThreadPool(2) as workers:
         results = workers.map(lambda i: started.append(i) or i, range(100))
         assert next(results) == 0
         time.sleep(0.1)
@@ -30,7 +30,7 @@ def test_only_so_much_is_done_ahead():
 
 def test_without_workers_the_caller_does_the_work_when_it_asks():
     threads = []
-    results = Workers(0).map(lambda i: threads.append(threading.current_thread()) or i, range(3))
+    results = ThreadPool(0).map(lambda i: threads.append(threading.current_thread()) or i, range(3))
     assert threads == [] and next(results) == 0 and threads == [threading.main_thread()]
 
 
@@ -41,7 +41,7 @@ def test_loaders_share_the_threads():
         names.add(threading.current_thread().name)
         time.sleep(0.001)
 
-    with Workers(2) as workers:
+    with ThreadPool(2) as workers:
         training = workers.map(note, range(50))
         next(training)
         list(workers.map(note, range(50)))
@@ -56,7 +56,7 @@ def test_an_error_arrives_as_it_was_raised(number):
             raise UsageError("picture.jpg: cannot decode this image")
         return i
 
-    with Workers(number) as workers:
+    with ThreadPool(number) as workers:
         results = workers.map(fail, range(10))
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(UsageError, match="^picture.jpg: cannot decode this image$"):
@@ -65,6 +65,6 @@ def test_an_error_arrives_as_it_was_raised(number):
 
 def test_no_thread_outlives_a_run():
     before = threading.active_count()
-    with Workers(3) as workers:
+    with ThreadPool(3) as workers:
         next(workers.map(slow_square, range(100)))
     assert threading.active_count() == before

@@ -17,9 +17,10 @@ import pytest
 from pets import FILES, SPEC, draw, make_pets, preprocess
 from PIL import Image
 
+from domainbed_hp.datasets.prepared import index
 from domainbed_hp.datasets.prepared import prepare as module
 from domainbed_hp.datasets.prepared.index import Entry, read_index
-from domainbed_hp.datasets.prepared.prepare import prepare
+from domainbed_hp.datasets.prepared.prepare import Environment, prepare
 from domainbed_hp.datasets.prepared.reader import open_prepared
 from domainbed_hp.registry import DATASETS, UsageError, load
 from domainbed_hp.scripts import run
@@ -51,12 +52,12 @@ def fresh(data_dir, tmp_path, **options):
 def counted(monkeypatch):
     """The indices that are encoded from now on, estimates aside."""
     seen = []
-    monkeypatch.setattr(module, "estimate", lambda environments, about, workers: [0.0] * len(environments))
-    monkeypatch.setattr(module, "encode", lambda *args: seen.append(args[-1]) or ENCODE(*args))
+    monkeypatch.setattr(Environment, "estimate_size", lambda *_: 0.0)
+    monkeypatch.setattr(Environment, "encode_image", lambda *args: seen.append(args[-1]) or ENCODE(*args))
     return seen
 
 
-ENCODE = module.encode
+ENCODE = Environment.encode_image
 
 
 def test_what_is_written(pets, capsys):
@@ -109,7 +110,7 @@ def test_auto_compresses_where_raw_is_too_large(pets, capsys, monkeypatch):
 def test_estimates_are_near(pets, capsys):
     folder = prepare(SPEC, pets, 20)
     size = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    assert f"about {module.amount(size)} raw" in capsys.readouterr().out
+    assert f"about {module.format_bytes(size)} raw" in capsys.readouterr().out
 
 
 def test_another_encoding_only_on_demand(pets, tmp_path):
@@ -180,21 +181,21 @@ def test_other_times_renew_the_index_alone(pets, tmp_path, capsys):
 def test_who_reads_a_removed_environment_reads_on(pets):
     prepare(SPEC, pets, 20)
     reading = open_prepared(SPEC, pets, preprocess())
-    expected = [reading.environments[0].training(i).copy() for i in range(9)]
+    expected = [reading.environments[0].load_training_view(i).copy() for i in range(9)]
     add(pets / "pets")
     prepare(SPEC, pets, 20)
-    assert all(np.array_equal(reading.environments[0].training(i), expected[i]) for i in range(9))
+    assert all(np.array_equal(reading.environments[0].load_training_view(i), expected[i]) for i in range(9))
 
 
 def test_also_where_a_run_was_killed_after_half_of_removing_it(pets, tmp_path):
     folder = prepare(SPEC, pets, 20)
     reading = open_prepared(SPEC, pets, preprocess())
-    expected = [reading.environments[0].training(i).copy() for i in range(9)]
+    expected = [reading.environments[0].load_training_view(i).copy() for i in range(9)]
     add(pets / "pets")
     (folder / "art.csv").unlink()
     prepare(SPEC, pets, 20)
     assert contents(folder) == fresh(pets, tmp_path)
-    assert all(np.array_equal(reading.environments[0].training(i), expected[i]) for i in range(9))
+    assert all(np.array_equal(reading.environments[0].load_training_view(i), expected[i]) for i in range(9))
 
 
 def damage(path):
@@ -236,7 +237,7 @@ def test_a_full_disk_is_told_and_what_was_saved_is_gone_on_with(pets, tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "append_index", full)
+        patch.setattr(index, "append_entries", full)
         with pytest.raises(UsageError, match="No space left on device. Put this right and run again; it goes on from"):
             prepare(SPEC, pets, 20)
     assert contents(prepare(SPEC, pets, 20)) == fresh(pets, tmp_path)
@@ -252,7 +253,8 @@ def test_a_damaged_image_is_recorded_and_left_out_on_demand(pets, tmp_path, caps
     assert "truncated" in entries["dog/a.png"].error
     assert entries["cat/2.png"].error == "not an image"
     opened = open_prepared(SPEC, pets, preprocess())
-    assert opened.skipped == 2 and opened.environments[0].labels.tolist() == [0] * 4 + [1] * 3
+    assert [len(views) for views in opened.environments] == [7, 4]
+    assert opened.environments[0].labels.tolist() == [0] * 4 + [1] * 3
     before = identities(folder)
     prepare(SPEC, pets, 20)
     assert identities(folder) == before
@@ -285,7 +287,8 @@ def test_names_that_are_no_text(pets):
     assert name[4:] in [entry.path for entry in read_index(folder / "art.csv")]
     before = identities(folder)
     prepare(SPEC, pets, 20)
-    assert identities(folder) == before and open_prepared(SPEC, pets, preprocess()).counts == (10, 4)
+    assert identities(folder) == before
+    assert [len(views) for views in open_prepared(SPEC, pets, preprocess()).environments] == [10, 4]
 
 
 def test_a_class_without_images_is_an_error(pets):
@@ -351,8 +354,8 @@ def test_the_index_never_runs_ahead_of_the_data(pets, monkeypatch):
         seen.append((len(entries), os.stat(file.name.replace(".csv.partial", ".bin")).st_size >= end))
         return APPEND(file, entries)
 
-    APPEND = module.append_index
-    monkeypatch.setattr(module, "append_index", append)
+    APPEND = index.append_entries
+    monkeypatch.setattr(index, "append_entries", append)
     monkeypatch.setattr(module, "SYNC_EVERY", 4)
     prepare(SPEC, pets, 20)
     assert seen == [(4, True), (4, True), (1, True), (4, True), (0, True)]
@@ -387,13 +390,13 @@ def test_two_at_once(pets, tmp_path, monkeypatch, capsys):
     expected = fresh(pets, tmp_path)
     encoded = Counter()
 
-    def slowly(folder, images, about, on_error, i):
-        encoded[images.paths[i]] += 1
+    def slowly(environment, about, on_error, i):
+        encoded[environment.images.paths[i]] += 1
         time.sleep(0.02)
-        return ENCODE(folder, images, about, on_error, i)
+        return ENCODE(environment, about, on_error, i)
 
-    monkeypatch.setattr(module, "estimate", lambda environments, about, workers: [0.0] * len(environments))
-    monkeypatch.setattr(module, "encode", slowly)
+    monkeypatch.setattr(Environment, "estimate_size", lambda *_: 0.0)
+    monkeypatch.setattr(Environment, "encode_image", slowly)
     threads = [threading.Thread(target=prepare, args=(SPEC, pets, 20)) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -505,7 +508,7 @@ pixels = SimpleNamespace(size=64, resize="crop", interpolation="bicubic", augmen
 prepared = open_prepared(find_spec("folder:pets", sys.argv[1]), Path(sys.argv[1]), pixels)
 for views in prepared.environments:
     for i in range(len(views)):
-        views.training(i).max(), views.evaluation(i).max()
+        views.load_training_view(i).max(), views.load_evaluation_view(i).max()
 """
 PREPARE = """
 import sys

@@ -10,7 +10,7 @@ import pytest
 from pets import SPEC, draw, make_pets, preprocess
 
 from domainbed_hp.datasets.folder import read_folder
-from domainbed_hp.datasets.loading.transforms import Decoded
+from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.open import open_dataset
 from domainbed_hp.datasets.prepared.prepare import prepare
 from domainbed_hp.datasets.prepared.reader import open_prepared
@@ -26,18 +26,25 @@ def pets(tmp_path):
     return tmp_path
 
 
+def counts(dataset):
+    return tuple(map(len, dataset.environments))
+
+
 def same(spec, data_dir, how, step=1):
     """Whether prepared views equal those that are made at each access; the number compared."""
     prepared = open_prepared(spec, data_dir, how)
     names, folders = read_folder(spec, data_dir)
-    assert prepared.class_names == names and prepared.counts == tuple(map(len, folders))
+    assert prepared.class_names == names and counts(prepared) == tuple(map(len, folders))
     compared = 0
     for ours, images in zip(prepared.environments, folders, strict=True):
-        theirs = Decoded(images, how)
+        theirs = DecodedViews(images, how)
         assert ours.labels.dtype == np.int64 and np.array_equal(ours.labels, theirs.labels)
         assert len(ours) == len(theirs)
         for i in range(0, len(ours), step):
-            for a, b in ((ours.training(i), theirs.training(i)), (ours.evaluation(i), theirs.evaluation(i))):
+            for a, b in (
+                (ours.load_training_view(i), theirs.load_training_view(i)),
+                (ours.load_evaluation_view(i), theirs.load_evaluation_view(i)),
+            ):
                 assert a.dtype == np.uint8 and np.array_equal(a, b)
             compared += 1
     return compared
@@ -55,12 +62,12 @@ def test_prepared_equals_unprepared_bit_for_bit(tmp_path, size, resize, interpol
 def test_compressed_views_to_score_are_equal_and_those_to_train_on_near(tmp_path):
     prepare(SPEC, make_pets(tmp_path), 20, encoding="compressed")
     prepared = open_prepared(SPEC, tmp_path, preprocess())
-    assert prepared.encoding == "compressed"
+    assert prepared.source == "prepared, compressed"
     for ours, images in zip(prepared.environments, read_folder(SPEC, tmp_path)[1], strict=True):
-        theirs = Decoded(images, preprocess())
+        theirs = DecodedViews(images, preprocess())
         for i in range(len(images)):
-            assert np.array_equal(ours.evaluation(i), theirs.evaluation(i))
-            a, b = ours.training(i), theirs.training(i)
+            assert np.array_equal(ours.load_evaluation_view(i), theirs.load_evaluation_view(i))
+            a, b = ours.load_training_view(i), theirs.load_training_view(i)
             assert a.dtype == np.uint8 and a.shape == b.shape
             # A single black and white pixel grid is what JPEG likes least.
             assert np.abs(a.astype(int) - b).mean() < (12 if "a.png" in images.paths[i] else 4)
@@ -68,10 +75,10 @@ def test_compressed_views_to_score_are_equal_and_those_to_train_on_near(tmp_path
 
 def test_by_any_number_of_threads(pets):
     views = open_prepared(SPEC, pets, preprocess()).environments[0]
-    once = [(views.training(i), views.evaluation(i)) for i in range(9)]
+    once = [(views.load_training_view(i), views.load_evaluation_view(i)) for i in range(9)]
     order = np.random.default_rng(0).integers(0, 9, 2000).tolist()
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: (views.training(i), views.evaluation(i)), order))
+        found = list(pool.map(lambda i: (views.load_training_view(i), views.load_evaluation_view(i)), order))
     for i, pair in zip(order, found, strict=True):
         assert all(map(np.array_equal, pair, once[i]))
 
@@ -174,10 +181,13 @@ def test_another_format(pets, capsys):
 
 
 def test_without_the_files(pets, capsys):
-    expected = [view.copy() for view in map(open_prepared(SPEC, pets, preprocess()).environments[0].training, range(9))]
+    expected = [
+        view.copy()
+        for view in map(open_prepared(SPEC, pets, preprocess()).environments[0].load_training_view, range(9))
+    ]
     shutil.rmtree(pets / "pets")
     prepared = open_prepared(SPEC, pets, preprocess())
-    assert all(np.array_equal(prepared.environments[0].training(i), expected[i]) for i in range(9))
+    assert all(np.array_equal(prepared.environments[0].load_training_view(i), expected[i]) for i in range(9))
     assert capsys.readouterr().err == ""
     for other in (replace(SPEC, class_names=("cat", "fox")), replace(SPEC, class_names=None, num_classes=3)):
         assert open_prepared(other, pets, preprocess()) is None
@@ -211,7 +221,7 @@ def test_data_that_shrink_while_they_are_read_are_named(pets):
     views = open_prepared(SPEC, pets, preprocess()).environments[0]
     os.truncate(pets / FOLDER / "art.bin", 100)
     with pytest.raises(UsageError, match=r"art.bin does not fit its index: it ends at byte 100, expected"):
-        views.training(0)
+        views.load_training_view(0)
 
 
 def test_what_was_left_out_is_said(tmp_path, capsys):
@@ -220,7 +230,7 @@ def test_what_was_left_out_is_said(tmp_path, capsys):
     prepare(SPEC, tmp_path, 20, on_error="skip")
     capsys.readouterr()
     prepared = open_prepared(SPEC, tmp_path, preprocess())
-    assert prepared.skipped == 1 and prepared.counts == (8, 4)
+    assert counts(prepared) == (8, 4)
     err = capsys.readouterr().err
     assert "leaves out 1 images with errors" in err
     assert "(8, 4) images per environment, expected (9, 4)" in err and err.count("\n") == 2
@@ -272,9 +282,14 @@ def test_pacs_compressed(shared_data, tmp_path, size):
     prepared = open_prepared(spec, tmp_path, preprocess(size))
     differences = []
     for ours, images in zip(prepared.environments, read_folder(spec, tmp_path)[1], strict=True):
-        theirs = Decoded(images, preprocess(size))
-        assert all(np.array_equal(ours.evaluation(i), theirs.evaluation(i)) for i in range(len(ours)))
-        differences += [np.abs(ours.training(i).astype(int) - theirs.training(i)).mean() for i in range(len(ours))]
-    used = sum(path.stat().st_size for path in prepared.folder.glob("*.bin")) / len(differences)
+        theirs = DecodedViews(images, preprocess(size))
+        assert all(
+            np.array_equal(ours.load_evaluation_view(i), theirs.load_evaluation_view(i)) for i in range(len(ours))
+        )
+        differences += [
+            np.abs(ours.load_training_view(i).astype(int) - theirs.load_training_view(i)).mean()
+            for i in range(len(ours))
+        ]
+    used = sum(path.stat().st_size for path in tmp_path.rglob("*.bin")) / len(differences)
     print(f"{size} px: training views {np.mean(differences):.2f} of 255 off, {used:.0f} bytes an image in all")
     assert np.mean(differences) < 2

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from domainbed_hp.datasets.splits import split_dataset, splits
+from domainbed_hp.datasets.splits import split_dataset, split_environments
 from domainbed_hp.registry import UsageError
 from domainbed_hp.seeds import seed_hash
 
@@ -24,13 +24,13 @@ def test_permutation_is_domainbeds():
 
 
 def test_splits_of_vlcs_have_domainbeds_sizes():
-    result = splits((1415, 2656, 3282, 3376), [0], 0)
+    result = split_environments((1415, 2656, 3282, 3376), [0], 0)
     assert [(len(s["in"]), len(s["out"])) for s in result] == [(1132, 283), (2125, 531), (2626, 656), (2701, 675)]
     assert all(set(s) == {"in", "out"} for s in result)
 
 
 def test_test_environments_alone_give_to_uda_under_their_own_index():
-    result = splits((100, 50, 40), [2], 3, 0.2, 0.25)
+    result = split_environments((100, 50, 40), [2], 3, 0.2, 0.25)
     assert [set(s) for s in result] == [{"in", "out"}, {"in", "out"}, {"in", "out", "uda"}]
     assert {name: len(indices) for name, indices in result[2].items()} == {"out": 8, "uda": 8, "in": 24}
     assert sorted(i for indices in result[2].values() for i in indices) == list(range(40))
@@ -40,16 +40,16 @@ def test_test_environments_alone_give_to_uda_under_their_own_index():
 
 
 def test_splits_depend_on_trial_seed_and_environment_only():
-    assert splits((30, 30), [0], 1) == splits((30, 30), [1], 1)
-    assert splits((30, 30), [0], 1) != splits((30, 30), [0], 2)
-    assert splits((30, 30), [0], 1)[0] != splits((30, 30), [0], 1)[1]
+    assert split_environments((30, 30), [0], 1) == split_environments((30, 30), [1], 1)
+    assert split_environments((30, 30), [0], 1) != split_environments((30, 30), [0], 2)
+    assert split_environments((30, 30), [0], 1)[0] != split_environments((30, 30), [0], 1)[1]
 
 
 def test_an_empty_uda_split_is_left_out():
-    assert "uda" not in splits((3, 3), [0], 0, 0.2, 0.1)[0]
+    assert "uda" not in split_environments((3, 3), [0], 0, 0.2, 0.1)[0]
 
 
 @pytest.mark.parametrize("arguments", [((9, 9), [2], 0), ((9, 9), [0], 0, 1.0), ((9, 9), [0], 0, 0.2, -0.1)])
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(UsageError, match="got"):
-        splits(*arguments)
+        split_environments(*arguments)

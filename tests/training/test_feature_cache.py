@@ -15,8 +15,8 @@ from featured import IMAGES, args, computed, folders, go, same
 
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm, trainable
 from domainbed_hp.algorithms.frozen_clip import FrozenCLIP
-from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainSteps
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainLoader
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.train import parser
@@ -130,19 +130,19 @@ def test_features_are_those_of_the_images_in_order(drawn: Path, tmp_path: Path, 
     for views, images in zip(computed(drawn), run.dataset.environments, strict=True):
         assert (views.labels == images.labels).all() and len(views) == len(images) == 20
         for i in (0, 7, 19):
-            x = torch.from_numpy(images.evaluation(i))[None].float() / 255
-            assert np.allclose(views.evaluation(i), algorithm.encode(x)[0].detach(), atol=1e-4)
-            assert views.evaluation(i).dtype == np.float32
+            x = torch.from_numpy(images.load_evaluation_view(i))[None].float() / 255
+            assert np.allclose(views.load_evaluation_view(i), algorithm.encode(x)[0].detach(), atol=1e-4)
+            assert views.load_evaluation_view(i).dtype == np.float32
 
 
 def test_batches_of_features_are_not_scaled(drawn: Path, feature_cache: Path) -> None:
     (views, *_), preprocess = computed(drawn), plan(args(Path("x"), drawn)).preprocess
     x, y = EvalLoader(views, [3, 1, 2], 3)[0].to(torch.device("cpu"), preprocess)
     assert torch.equal(x, torch.from_numpy(np.array(views.features[[3, 1, 2]]))) and y.tolist() == [1, 0, 1]
-    batch = TrainSteps([views], [{"in": [5]}], [0], 2, preprocess, seed=0)[0][0]
+    batch = TrainLoader([views], [{"in": [5]}], [0], 2, preprocess, seed=0)[0][0]
     assert isinstance(batch, Batch) and torch.equal(batch.images[0], torch.from_numpy(np.array(views.features[5])))
     with pytest.raises(TypeError, match="cannot be augmented"):
-        views.training(0)
+        views.load_training_view(0)
 
 
 def test_a_full_gpu_gets_smaller_batches(drawn: Path, feature_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,5 +280,5 @@ def test_a_tower_that_trains_after_all_is_not_cached(drawn: Path, tmp_path: Path
     for kind, cached in ((FrozenCLIP, True), (Norms, False)):
         told = run.hparams | {"class_names": run.dataset.class_names}
         algorithm = kind((3, 64, 64), len(run.dataset.class_names), 2, told)
-        with evaluation(algorithm), Workers(0) as workers:
+        with evaluation(algorithm), ThreadPool(0) as workers:
             assert (features_module.cached_features(run, algorithm, 64, workers) is not None) == cached

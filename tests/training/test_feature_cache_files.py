@@ -18,7 +18,7 @@ from featured import IMAGES, args, computed, folders, go
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from domainbed_hp.datasets.loading.transforms import Decoded
+from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.spec import ArrayImages
 from domainbed_hp.networks.clip import MINI
 from domainbed_hp.networks.preprocess import Preprocess
@@ -236,5 +236,5 @@ def test_images_that_inherit_their_fingerprint_are_not_told_apart_by_it() -> Non
             return Image.fromarray(255 - self.array[i])
 
     array, labels, preprocess = np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64), Preprocess(8)
-    assert Decoded(ArrayImages(array, labels), preprocess).fingerprint()
-    assert Decoded(Inverted(array, labels), preprocess).fingerprint() == ""
+    assert DecodedViews(ArrayImages(array, labels), preprocess).fingerprint()
+    assert DecodedViews(Inverted(array, labels), preprocess).fingerprint() == ""

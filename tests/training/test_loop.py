@@ -16,10 +16,10 @@ from short_runs import CPU, MINI, crash, go, stop_at, terminate, without_times
 
 from domainbed_hp import hparams_registry, records
 from domainbed_hp.algorithms import get_algorithm_class
-from domainbed_hp.datasets.loading.transforms import Decoded
+from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages
-from domainbed_hp.datasets.splits import splits
+from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import State, Taken, failure, state
@@ -67,8 +67,8 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model_step2.safetensors").is_file()
     preprocess = type(algorithm).preprocess(recipe.hparams, 64)
     dataset = open_dataset(find_spec("ShapesDG"), None, preprocess)
-    split = splits([len(e) for e in dataset.environments], (0,), 0)
-    loader = loop.eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
+    split = split_environments([len(e) for e in dataset.environments], (0,), 0)
+    loader = loop.make_eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
     assert loop.score(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
 
 
@@ -155,7 +155,7 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ce": 1.0})
     for name, where, seconds in (
         ("__getitem__", loop.EvalLoader, 100.0),
-        ("minibatch", setup.TrainSteps, 1.0),
+        ("make_minibatch", setup.TrainLoader, 1.0),
         ("update", get_algorithm_class("LoRA"), 4.0),
         ("read_numbers", metric_log, 6.0),
     ):
@@ -246,7 +246,7 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
             return torch.eye(2)[(x.mean(dim=(1, 2, 3)) > 0.5).long()]
 
     levels = np.array([0] * 9 + [255] * 3, np.uint8)
-    views = Decoded(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Preprocess(8))
+    views = DecodedViews(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Preprocess(8))
     loader = loop.EvalLoader(views, range(12), 16)
     small = Small((3, 8, 8), 2, 1, {"most": 5})
     assert loop.score(small, loader, CPU, Preprocess(8)).accuracy == 1.0

@@ -215,7 +215,7 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
     path = [loop.untrained(recipe, 3).trained_state()] + [weights_after(raw, step) for step in range(4)]
     names = [name for name, p in algorithm.named_parameters() if p.requires_grad]
     plan = loop.plan(RunArgs("", **{k: v for k, v in found[0]["args"].items() if k != "output_dir"}))
-    loaders = loop.eval_loaders(plan.dataset.environments, plan.split, 64)
+    loaders = loop.make_eval_loaders(plan.dataset.environments, plan.split, 64)
     for record in found[::3]:
         step = record["step"]
         shares = [scipy.stats.beta.pdf((t + 0.5) / 5, 0.5, 0.5) if t <= step + 1 else 0.0 for t in range(5)]

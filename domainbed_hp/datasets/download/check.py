@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from tabulate import tabulate
 from tqdm import tqdm
 
-from domainbed_hp.datasets.folder import build_of, look
-from domainbed_hp.datasets.loading.prefetch import Workers
+from domainbed_hp.datasets.folder import find_build, scan_folder
+from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.datasets.spec import DatasetSpec
 from domainbed_hp.files import cpu_count
 from domainbed_hp.registry import UsageError
@@ -69,13 +69,13 @@ def check(spec: DatasetSpec, data_dir: Path, num_workers: int | None = None) -> 
     """Read, decode and compare every image of `spec` in `data_dir`; on all cores, where `num_workers` is not given."""
     root = data_dir / spec.folder
     try:
-        found = look(spec, root)
+        found = scan_folder(spec, root)
     except OSError as error:
         raise UsageError(f"{spec.name}: cannot read {root}: {error.strerror}. Download it first.") from error
     undecodable: dict[str, str] = {}
     same: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     files = [(domain, path) for domain, images in found.environments.items() for path in images.paths]
-    with Workers(cpu_count() if num_workers is None else num_workers) as workers:
+    with ThreadPool(cpu_count() if num_workers is None else num_workers) as workers:
         results = workers.map(read, (path for _, path in files))
         for (domain, path), (digest, reason) in zip(
             files, tqdm(results, f"check {spec.name}", len(files), unit="image", disable=None), strict=True
@@ -84,7 +84,7 @@ def check(spec: DatasetSpec, data_dir: Path, num_workers: int | None = None) -> 
             same[digest].append((domain, name))
             if reason:
                 undecodable[name] = reason
-    build = build_of(spec, found.counts)
+    build = find_build(spec, found.counts)
     expected = spec.builds.get(build or "", spec.image_counts)
     return Report(
         spec.name,

@@ -15,7 +15,14 @@ from filelock import FileLock, Timeout
 
 from domainbed_hp.datasets.download import fetch
 from domainbed_hp.datasets.download.unpack import unpack, unpacked_size
-from domainbed_hp.datasets.folder import build_of, expected_counts, find_root, listed, look, subfolders
+from domainbed_hp.datasets.folder import (
+    describe_counts,
+    find_build,
+    find_root,
+    format_lines,
+    list_subfolders,
+    scan_folder,
+)
 from domainbed_hp.datasets.spec import Archive, DatasetSpec
 from domainbed_hp.registry import UsageError
 
@@ -134,23 +141,23 @@ def present(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
                 "data, or nothing. Remove the link. To have the data elsewhere, move them later and then link to them."
             )
         return False
-    found = look(spec, target)
+    found = scan_folder(spec, target)
     problems = found.problems or count_problems(spec, found.counts, accept_counts)
     if problems:
         raise UsageError(
-            f"{spec.name}: {target} is there, but not as expected:{listed(problems)}\n"
+            f"{spec.name}: {target} is there, but not as expected:{format_lines(problems)}\n"
             "Nothing was changed. Move this folder away to download it anew"
             + (", or keep it with --accept_counts." if not found.problems else ".")
         )
-    build = build_of(spec, found.counts)
+    build = find_build(spec, found.counts)
     print(f"{spec.name}: complete in {target}" + (f" (the build {build})" if build else "") + ", left alone")
     return True
 
 
 def count_problems(spec: DatasetSpec, counts: tuple[int, ...], accept_counts: bool) -> list[str]:
-    if build_of(spec, counts) is not None:
+    if find_build(spec, counts) is not None:
         return []
-    text = f"got {counts} images in {', '.join(spec.domain_folders)}, {expected_counts(spec)}"
+    text = f"got {counts} images in {', '.join(spec.domain_folders)}, {describe_counts(spec)}"
     if accept_counts:
         print(f"warning: {spec.name}: {text}", file=sys.stderr)
         return []
@@ -171,10 +178,10 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
         root = arranged(spec, places.partial)
     except UsageError as error:
         raise UsageError(f"{error}\n{advice}.") from error
-    found = look(spec, root)
+    found = scan_folder(spec, root)
     if problems := found.problems or count_problems(spec, found.counts, accept_counts):
         raise UsageError(
-            f"{spec.name}: the archives do not hold what was expected:{listed(problems)}\n{advice}"
+            f"{spec.name}: the archives do not hold what was expected:{format_lines(problems)}\n{advice}"
             + (", or install what they hold with --accept_counts." if not found.problems else ".")
         )
     for archive in spec.archives:
@@ -183,7 +190,7 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
     if places.target.exists():
         places.target.rmdir()  # empty; Windows does not rename over it
     root.rename(places.target)
-    build = build_of(spec, found.counts)
+    build = find_build(spec, found.counts)
     print(f"{spec.name}: {sum(found.counts):,} images in {places.target}" + (f" (the build {build})" if build else ""))
 
 
@@ -218,7 +225,7 @@ def obtain(
             failures.append(f"{source}: {fetch.brief(error)}")
             print(f"{spec.name}: {failures[-1]}", file=sys.stderr)
     raise UsageError(
-        f"{spec.name}: {archive.name} could not be had from any source:{listed(failures)}\n"
+        f"{spec.name}: {archive.name} could not be had from any source:{format_lines(failures)}\n"
         + (f"Its SHA-256 must be {digest}.{hint}\n" if digest else "")
         + f"Run again later: it goes on where it stopped. Or fetch it by hand and pass --archive PATH/{archive.name}, "
         f"or put it to {places.downloads / archive.name} (removed from there once it is unpacked)."
@@ -251,9 +258,9 @@ def arranged(spec: DatasetSpec, folder: Path) -> Path:
         held = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
         raise UsageError(
             f"{spec.name}: no folder of the archives holds {', '.join(spec.domain_folders)}. "
-            f"They hold:{listed(held or subfolders(folder))}"
+            f"They hold:{format_lines(held or list_subfolders(folder))}"
         )
-    for name in subfolders(root):
+    for name in list_subfolders(root):
         if name not in spec.domain_folders:
             shutil.rmtree(root / name)
     return root

@@ -1,7 +1,7 @@
-"""Work ahead in background threads, in order.
+"""Load ahead in background threads, in order.
 
 Threads, not processes: decoding, resizing and reading release Python's lock, nothing is copied between processes, and
-an error arrives as it was raised. What runs in them uses numpy and Pillow, never torch's own threads.
+an error arrives as it was raised. The functions that run in them use numpy and Pillow, never torch's own threads.
 """
 
 from collections import deque
@@ -13,38 +13,38 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 2
-"""Results that wait, beside those that the threads are at; bounds the memory."""
+"""Number of finished results that wait for the caller; bounds the memory."""
 
 
-class Workers:
-    """`num_workers` threads that all loaders of a run share; 0: the caller does the work itself."""
+class ThreadPool:
+    """`num_workers` threads that all loaders of a run share; with 0 the caller does the work itself."""
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        self.pool = ThreadPoolExecutor(num_workers, "prefetch") if num_workers else None
+        self.executor = ThreadPoolExecutor(num_workers, "prefetch") if num_workers else None
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """function(item) for each item in order, at most `num_workers` + `AHEAD` of them ahead of the caller."""
-        if self.pool is None:
+        """Yield function(item) for every item in order, computed at most `num_workers` + `AHEAD` items ahead."""
+        if self.executor is None:
             yield from map(function, items)
             return
-        ahead: deque[Future[Result]] = deque()
+        futures: deque[Future[Result]] = deque()
         try:
             for item in items:
-                ahead.append(self.pool.submit(function, item))
-                if len(ahead) > self.num_workers + AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                futures.append(self.executor.submit(function, item))
+                if len(futures) > self.num_workers + AHEAD:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:  # also where the caller stops early
-            for future in ahead:
+            for future in futures:
                 future.cancel()
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "ThreadPool":
         return self
 
     def __exit__(self, *_: object) -> None:

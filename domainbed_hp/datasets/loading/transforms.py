@@ -1,7 +1,7 @@
-"""What training and scoring need of an image, as small uint8 arrays.
+"""The two views of an image that training and scoring read, as small uint8 arrays.
 
-An image has two views: one to crop at random from, one to score. `prepare` stores them, and whoever has no prepared
-data makes them from the decoded image at each access, so that both see the same pixels.
+The training view is the image to crop at random from; the evaluation view is the image to score. `prepare` stores both.
+Without prepared data they are made from the decoded image at each access, so that both ways show the same pixels.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from domainbed_hp.networks.preprocess import Preprocess
 
 SCALE = (0.7, 1.0)
-"""Share of the area that a random crop keeps."""
+"""Range of a random crop's area, relative to the image's."""
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-class Views(Protocol):
+class ImageViews(Protocol):
     """The images of one environment as loaders read them; `labels` is (N,) int64."""
 
     @property
@@ -31,17 +31,17 @@ class Views(Protocol):
 
     def __len__(self) -> int: ...
 
-    def training(self, i: int) -> np.ndarray:
-        """uint8 (h, w, 3), to crop at random from."""
+    def load_training_view(self, i: int) -> np.ndarray:
+        """Return image i to crop at random from: uint8 (h, w, 3)."""
 
-    def evaluation(self, i: int) -> np.ndarray:
-        """uint8 (3, S, S), to score; or float32 (E,), its features."""
+    def load_evaluation_view(self, i: int) -> np.ndarray:
+        """Return image i to score: uint8 (3, S, S), or its features, float32 (E,)."""
 
     def fingerprint(self) -> str:
-        """Another one where an image or a label is another, as far as can be told; empty where nothing can."""
+        """Return a string that changes when an image or a label changes; "" where changes cannot be noticed."""
 
 
-class Decoded:
+class DecodedViews:
     """The views of raw images, made at each access."""
 
     def __init__(self, images: Images, preprocess: Preprocess) -> None:
@@ -50,39 +50,39 @@ class Decoded:
     def __len__(self) -> int:
         return len(self.images)
 
-    def training(self, i: int) -> np.ndarray:
-        return training_view(self.images[i], self.preprocess.size, self.preprocess.interpolation)
+    def load_training_view(self, i: int) -> np.ndarray:
+        return make_training_view(self.images[i], self.preprocess.size, self.preprocess.interpolation)
 
-    def evaluation(self, i: int) -> np.ndarray:
-        return evaluation_view(
-            self.images[i], self.preprocess.size, self.preprocess.resize, self.preprocess.interpolation
-        )
+    def load_evaluation_view(self, i: int) -> np.ndarray:
+        p = self.preprocess
+        return make_evaluation_view(self.images[i], p.size, p.resize, p.interpolation)
 
     def fingerprint(self) -> str:
-        # Images of a user's own class need none, and one that is inherited does not know what the class does.
-        own: Callable[[Images], str] | None = vars(type(self.images)).get("fingerprint")
-        return own(self.images) if own else ""
+        # Only the class's own method counts: an inherited one does not know what a user's subclass changes.
+        method: Callable[[Images], str] | None = vars(type(self.images)).get("fingerprint")
+        return method(self.images) if method else ""
 
 
-def evaluation_view(image: Image.Image, size: int, resize: str, interpolation: str) -> np.ndarray:
-    """uint8 (3, S, S): `crop` equals open_clip's evaluation transform, `squash` DomainBed's, bit for bit."""
+def make_evaluation_view(image: Image.Image, size: int, resize: str, interpolation: str) -> np.ndarray:
+    """Return uint8 (3, S, S): `crop` equals open_clip's evaluation transform, `squash` DomainBed's, bit for bit."""
     image = image.convert("RGB")
     resample = RESAMPLING[interpolation]
     if resize == "squash":
-        return channels_first(image.resize((size, size), resample))
+        return to_channels_first(image.resize((size, size), resample))
     if resize != "crop":
         raise ValueError(f"resize: got {resize!r}, known: 'crop', 'squash'")
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return channels_first(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
+    return to_channels_first(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
 
 
-def training_view(image: Image.Image, size: int, interpolation: str) -> np.ndarray:
-    """uint8 (h, w, 3): the image, reduced so far that its smallest square random crop still has `size` pixels a side.
+def make_training_view(image: Image.Image, size: int, interpolation: str) -> np.ndarray:
+    """Return uint8 (h, w, 3): the image, made smaller as long as its smallest square crop has `size` pixels a side.
 
-    Never enlarged. Of an image longer than 2:1 the centre is kept: where the sides differ by more than 1.9, no random
-    crop of 0.7 of the area and a ratio up to 4:3 fits, and torchvision's RandomResizedCrop takes a centred one.
+    The image is never enlarged. Of an image longer than 2:1 only the centre remains. Where the sides differ by more
+    than 1.9, no crop of at least 0.7 of the area and a ratio of at most 4:3 fits into the image, and torchvision's
+    RandomResizedCrop takes a centred crop.
     """
     image = image.convert("RGB")
     width, height = image.size
@@ -96,5 +96,6 @@ def training_view(image: Image.Image, size: int, interpolation: str) -> np.ndarr
     return np.asarray(image)
 
 
-def channels_first(image: Image.Image) -> np.ndarray:
+def to_channels_first(image: Image.Image) -> np.ndarray:
+    """Return the pixels of `image` as (3, H, W)."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,32 +1,33 @@
-"""The files of a prepared folder.
+"""The files of a prepared folder, which is `prepared/<folder>-<size>-<resize>-<interpolation>/` beside the data set's.
 
-Beside the folder of a data set lies `prepared/<folder>-<size>-<resize>-<interpolation>/` with `about.json` and, per
-environment, `<domain>.bin`, the images one after another, and `<domain>.csv`, the index. An index is there once its
-environment is complete. An image is its training view and then its evaluation view, of `views`: uint8 (h, w, 3) and
-(3, S, S) as they are (raw: the pixels of an unprepared run), or compressed: as JPEG and as lossless WebP.
+It holds `about.json` and, for every environment, `<domain>.bin` with the images one after another and `<domain>.csv`,
+their index. While an environment is incomplete its index is `<domain>.csv.partial`. An image is its training view and
+then its evaluation view: uint8 (h, w, 3) and (3, S, S) in encoding `raw`, a JPEG and a lossless WebP in `compressed`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, get_type_hints
 
+from domainbed_hp.datasets.folder import FolderImages
 from domainbed_hp.datasets.spec import DatasetSpec
+from domainbed_hp.files import replace_atomically
 
 FORMAT = 1
-"""Of the files, and of the pixels in them: a change of `views` is another format."""
+"""Version of the files and of the pixels in them: a change in how views are made needs another number."""
 ABOUT = "about.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What all environments of a prepared folder share."""
+    """The contents of `about.json`: the properties that all environments of a prepared folder share."""
 
     dataset: str
     class_names: tuple[str, ...]
@@ -41,7 +42,7 @@ class About:
 class Entry(NamedTuple):
     """One line of an index, in ImageFolder's order; `path` is relative to the environment, with slashes.
 
-    `height` and `width` are the training view's. An image that could not be decoded has an `error` and no bytes.
+    `height` and `width` are those of the training view. An image that cannot be decoded has an `error` and no bytes.
     """
 
     path: str
@@ -67,23 +68,33 @@ def prepared_folder(spec: DatasetSpec, data_dir: Path, size: int, resize: str, i
 
 
 def read_about(folder: Path) -> About | None:
-    """None where there is none, or one of another format."""
+    """Read `about.json`; None where there is none, or one of another format."""
     try:
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        about = About(**found | {key: tuple(found[key]) for key in ("class_names", "domains")})
+        values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = About(**values | {key: tuple(values[key]) for key in ("class_names", "domains")})
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return about if about.format == FORMAT else None
 
 
 def write_about(folder: Path, about: About) -> None:
-    temporary = folder / f"{ABOUT}.tmp"
-    temporary.write_text(json.dumps(dataclasses.asdict(about), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / ABOUT)
+    with replace_atomically(folder / ABOUT) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(about), indent=1) + "\n", encoding="utf-8")
 
 
-def relative(folder: Path, path: str) -> str:
-    """The path of an image as an `Entry` has it."""
+def list_sources(folder: Path, images: FolderImages) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the first four fields of the `Entry` of every image file; a broken link has size and time -1."""
+    for path, label in zip(images.paths, images.labels.tolist(), strict=True):
+        try:
+            status = os.stat(path)
+        except OSError:
+            yield relative_path(folder, path), label, -1, -1
+        else:
+            yield relative_path(folder, path), label, status.st_size, status.st_mtime_ns
+
+
+def relative_path(folder: Path, path: str) -> str:
+    """Return the path of an image in the environment `folder` as an `Entry` has it."""
     return path[len(str(folder)) + 1 :].replace(os.sep, "/")
 
 
@@ -92,45 +103,24 @@ def open_index(path: Path, mode: str) -> IO[str]:
 
 
 def read_index(path: Path) -> Iterator[Entry]:
-    """The entries as far as whole lines go: a writer may have been killed in the middle of one."""
-    with open_index(path, "r") as file:
-        lines = csv.reader(line for line in file if line.endswith("\n"))
-        try:
-            if next(lines, None) != list(Entry._fields):
-                return
-            for (
-                name,
-                label,
-                source_bytes,
-                mtime_ns,
-                sha256,
-                offset,
-                height,
-                width,
-                training,
-                evaluation,
-                error,
-            ) in lines:
-                source = name, int(label), int(source_bytes), int(mtime_ns), sha256
-                yield Entry(*source, int(offset), int(height), int(width), int(training), int(evaluation), error)
-        except (ValueError, csv.Error):
-            return
+    """Yield the entries as far as the lines are whole: a killed process may leave half a line at the end."""
+    types = tuple(get_type_hints(Entry).values())
+    with contextlib.suppress(FileNotFoundError, ValueError, csv.Error), open_index(path, "r") as file:
+        rows = csv.reader(line for line in file if line.endswith("\n"))
+        if next(rows, None) == list(Entry._fields):
+            for row in rows:
+                yield Entry(*(convert(text) for convert, text in zip(types, row, strict=True)))
 
 
-def copy_index(old: Path, new: Path, mtimes_ns: array[int]) -> None:
-    """The first entries of `old`, with these modification times, become all of `new`, at once."""
-    temporary = new.with_name(f"{new.name}.tmp")
-    with open_index(temporary, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Entry._fields)
-        if mtimes_ns:
-            entries = zip(mtimes_ns, read_index(old), strict=False)
-            writer.writerows(entry._replace(mtime_ns=mtime_ns) for mtime_ns, entry in entries)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, new)
-
-
-def append_index(file: IO[str], entries: list[Entry]) -> None:
+def append_entries(file: IO[str], entries: Iterable[Entry]) -> None:
     csv.writer(file, lineterminator="\n").writerows(entries)
     file.flush()
+
+
+def copy_index(old: Path, new: Path, mtimes_ns: Iterable[int]) -> None:
+    """Replace `new` by the first entries of `old`, one for each of the new modification times."""
+    with replace_atomically(new) as temporary, open_index(temporary, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Entry._fields)
+        pairs = zip(mtimes_ns, read_index(old), strict=False)
+        writer.writerows(entry._replace(mtime_ns=mtime_ns) for mtime_ns, entry in pairs)

@@ -1,187 +1,147 @@
-"""How a run reads prepared images; `index` describes their files."""
+"""Read the prepared images of a run; `index` describes their files."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from domainbed_hp.datasets.folder import FolderImages, Found, find_images, say_build
-from domainbed_hp.datasets.loading.transforms import channels_first
-from domainbed_hp.datasets.prepared.index import ABOUT, About, Entry, prepared_folder, read_about, read_index, relative
-from domainbed_hp.datasets.spec import DatasetSpec
+from domainbed_hp.datasets.folder import FolderImages, find_images, print_build
+from domainbed_hp.datasets.loading.transforms import to_channels_first
+from domainbed_hp.datasets.prepared.index import ABOUT, About, list_sources, prepared_folder, read_about, read_index
+from domainbed_hp.datasets.spec import Dataset, DatasetSpec
+from domainbed_hp.files import sha256_of
 from domainbed_hp.registry import UsageError
 
 if TYPE_CHECKING:
     from domainbed_hp.networks.preprocess import Preprocess
 
-PLACE = np.dtype([("label", "i8"), ("offset", "i8"), ("shape", "i4", 2), ("bytes", "i4", 2)])
-"""What reading needs of an entry: shape of the training view, bytes of both views; 32 bytes an image."""
+LOCATION = np.dtype([("label", "i8"), ("offset", "i8"), ("shape", "i4", 2), ("bytes", "i4", 2)])
+"""The parts of an entry that reading needs, 32 bytes an image: `shape` of the training view, `bytes` of both views."""
 
 
 class PreparedViews:
-    """The `Views` of one environment, read at each access, by any number of threads."""
+    """The `ImageViews` of one environment, read from disk at each access, by any number of threads."""
 
-    def __init__(self, path: Path, places: np.ndarray, about: About, command: str) -> None:
-        self.path, self.places, self.about, self.command = path, places, about, command
-        self.labels = np.ascontiguousarray(places["label"])
-        end = int(places[-1]["offset"] + places[-1]["bytes"].sum()) if len(places) else 0
+    def __init__(self, path: Path, locations: np.ndarray, about: About, command: str) -> None:
+        self.path, self.locations, self.about, self.command = path, locations, about, command
+        self.labels = np.ascontiguousarray(locations["label"])
+        end = int(locations[-1]["offset"] + locations[-1]["bytes"].sum()) if len(locations) else 0
         try:
-            # Not mapped where it can be helped: touched pages count as memory of the run, and grow with the data.
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+            # Mapped only where there is no pread: touched pages count as memory of the run, and grow with the data.
             self.mapped = None if hasattr(os, "pread") else np.memmap(path, np.uint8, "r")
         except OSError as error:
-            raise self.damaged(str(error.strerror)) from error
+            raise self._damaged(str(error.strerror)) from error
         if (size := os.fstat(self.file.fileno()).st_size) != end:
-            raise self.damaged(f"it has {size} bytes, expected {end}")
+            raise self._damaged(f"it has {size} bytes, expected {end}")
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
-    def training(self, i: int) -> np.ndarray:
-        place = self.places[i]
-        data = self.read(place["offset"], place["bytes"][0])
+    def load_training_view(self, i: int) -> np.ndarray:
+        at = self.locations[i]
+        data = self._read(at["offset"], at["bytes"][0])
         if self.about.encoding == "raw":
-            return np.frombuffer(data, np.uint8).reshape(*place["shape"], 3)
+            return np.frombuffer(data, np.uint8).reshape(*at["shape"], 3)
         return np.asarray(Image.open(io.BytesIO(data)))
 
-    def evaluation(self, i: int) -> np.ndarray:
-        place = self.places[i]
-        data = self.read(place["offset"] + place["bytes"][0], place["bytes"][1])
+    def load_evaluation_view(self, i: int) -> np.ndarray:
+        at = self.locations[i]
+        data = self._read(at["offset"] + at["bytes"][0], at["bytes"][1])
         if self.about.encoding == "raw":
             return np.frombuffer(data, np.uint8).reshape(3, self.about.size, self.about.size)
-        return channels_first(Image.open(io.BytesIO(data)))
+        return to_channels_first(Image.open(io.BytesIO(data)))
 
     def fingerprint(self) -> str:
-        """Of the index, which has the digest of every image file."""
-        with open(self.path.with_suffix(".csv"), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Return the digest of the index, which holds the digest of every image file."""
+        return sha256_of(self.path.with_suffix(".csv"))
 
-    def read(self, offset: int, size: int) -> bytes:
+    def _read(self, offset: int, size: int) -> bytes:
         if self.mapped is not None:
             return self.mapped[offset : offset + size].tobytes()
         data = os.pread(self.file.fileno(), size, offset)
         if len(data) < size:
-            raise self.damaged(f"it ends at byte {offset + len(data)}, expected {size} from {offset}")
+            raise self._damaged(f"it ends at byte {offset + len(data)}, expected {size} from {offset}")
         return data
 
-    def damaged(self, problem: str) -> UsageError:
+    def _damaged(self, problem: str) -> UsageError:
         return UsageError(f"{self.path} does not fit its index: {problem}. Copy it again, or run: {self.command}")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """An opened prepared folder; `skipped` images could not be decoded and are left out."""
-
-    class_names: tuple[str, ...]
-    environments: list[PreparedViews]
-    encoding: str
-    folder: Path
-    skipped: int
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return tuple(map(len, self.environments))
-
-
 class Stale(Exception):
-    """What was prepared is not what there is to prepare."""
+    """A prepared folder does not fit its source; the message names the difference."""
 
 
-def open_prepared(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> Prepared | None:
-    """The prepared images of `spec` for these pixels; None, with a line on stderr, where they are out of date.
+def open_prepared(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> Dataset | None:
+    """Open the prepared images of `spec` for `preprocess`; None, with a line on stderr, where they are out of date.
 
-    Names, sizes and modification times of the source are compared, as rsync does: a file that was overwritten by one
-    of the same size and given its old time back goes unnoticed, here and by `prepare`. Without a source folder nothing
-    is compared, so that the prepared folder is all that a machine needs.
+    Names, sizes and modification times of the source are compared, as rsync does: neither this function nor `prepare`
+    notices a file that was overwritten by one of the same size and given its old time. Without a source folder nothing
+    is compared, so that a machine needs the prepared folder alone.
     """
-    root = data_dir / spec.folder
-    folder = prepared_folder(spec, data_dir, preprocess.size, preprocess.resize, preprocess.interpolation)
-    command = prepare_command(spec, data_dir, preprocess)
+    size, resize, interpolation = preprocess.size, preprocess.resize, preprocess.interpolation
+    folder = prepared_folder(spec, data_dir, size, resize, interpolation)
     if not (folder / ABOUT).exists():
         return None
+    words = ["--data_dir", str(data_dir), "--dataset", spec.name, "--image_size", str(size)]
+    words += ["--resize", resize, "--interpolation", interpolation]
+    command = shlex.join(["python", "-m", "domainbed_hp.scripts.prepare", *words])
     try:
-        prepared = read_prepared(spec, folder, find_images(spec, root) if root.is_dir() else None, root, command)
+        return read_prepared(spec, data_dir / spec.folder, folder, command)
     except Stale as stale:
         print(f"{folder} is out of date and not used: {stale}. Renew it: {command}", file=sys.stderr)
         return None
-    if prepared.skipped:
-        print(f"{folder} leaves out {prepared.skipped} images with errors; its .csv files name them", file=sys.stderr)
-    say_build(spec, folder, prepared.counts)
-    return prepared
 
 
-def prepare_command(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> str:
-    what = ["--data_dir", str(data_dir), "--dataset", spec.name, "--image_size", str(preprocess.size)]
-    how = ["--resize", preprocess.resize, "--interpolation", preprocess.interpolation]
-    return shlex.join(["python", "-m", "domainbed_hp.scripts.prepare", *what, *how])
-
-
-def read_prepared(spec: DatasetSpec, folder: Path, found: Found | None, root: Path, command: str) -> Prepared:
+def read_prepared(spec: DatasetSpec, root: Path, folder: Path, command: str) -> Dataset:
+    """Open the prepared `folder` of the data set in `root`; `Stale` where they do not fit."""
+    source = find_images(spec, root) if root.is_dir() else None
     about = read_about(folder)
     if about is None:
         raise Stale("another version wrote it")
-    names = found.class_names if found else spec.class_names or about.class_names
+    names = source.class_names if source else spec.class_names or about.class_names
     if (about.class_names, about.domains) != (names, spec.domain_folders) or len(names) != spec.num_classes:
         raise Stale("it has other environments or classes")
     if missing := [domain for domain in about.domains if not (folder / f"{domain}.csv").exists()]:
         raise Stale(f"{', '.join(missing)} not complete")
-    environments: list[PreparedViews] = []
-    changed: list[str] = []
-    skipped = 0
+    changes: list[str] = []
+    locations = {}
     for domain in about.domains:
-        index = folder / f"{domain}.csv"
-        entries = read_index(index)
-        if found:
-            entries = unchanged(entries, stamped(root / domain, found.environments[domain]))
-        try:
-            places = np.fromiter(((e.label, e.offset, e[6:8], e[8:10]) for e in entries), PLACE)
-        except Stale:
-            assert found
-            changed += changes(index, root / domain, found.environments[domain])
-            continue
-        good = places[places["bytes"][:, 0] > 0]
-        skipped += len(places) - len(good)
-        environments.append(PreparedViews(folder / f"{domain}.bin", good, about, command))
-    if changed:
-        raise Stale(changed[0] + (f", and {len(changed) - 1} more differ" if len(changed) > 1 else ""))
-    return Prepared(names, environments, about.encoding, folder, skipped)
+        images = source.environments[domain] if source else None
+        locations[domain] = locate_views(folder / f"{domain}.csv", root / domain, images, changes)
+    if changes:
+        raise Stale(changes[0] + (f", and {len(changes) - 1} more differ" if len(changes) > 1 else ""))
+    good = {domain: array[array["bytes"][:, 0] > 0] for domain, array in locations.items()}
+    environments = [PreparedViews(folder / f"{domain}.bin", good[domain], about, command) for domain in good]
+    if skipped := sum(map(len, locations.values())) - sum(map(len, environments)):
+        print(f"{folder} leaves out {skipped} images with errors; its .csv files name them", file=sys.stderr)
+    print_build(spec, folder, tuple(map(len, environments)))
+    return Dataset(spec, names, [*environments], f"prepared, {about.encoding}")
 
 
-def stamped(folder: Path, images: FolderImages) -> Iterator[tuple[str, int, int, int]]:
-    """Path, label, size and modification time of each image; -1 for a link to nowhere."""
-    for path, label in zip(images.paths, images.labels.tolist(), strict=True):
-        try:
-            status = os.stat(path)
-        except OSError:
-            yield relative(folder, path), label, -1, -1
-        else:
-            yield relative(folder, path), label, status.st_size, status.st_mtime_ns
+def locate_views(index: Path, source: Path, images: FolderImages | None, changes: list[str]) -> np.ndarray:
+    """Return the `LOCATION` of every entry; add a line to `changes` for every file that differs from its entry.
 
+    Without `images`, the files in the folder `source`, nothing is compared.
+    """
+    current = {path: rest for path, *rest in list_sources(source, images)} if images else {}
+    lines: dict[str, str] = {}
 
-def unchanged(entries: Iterable[Entry], found: Iterable[tuple[str, int, int, int]]) -> Iterator[Entry]:
-    """The entries, as long as they tell of what is found; then `Stale`."""
-    for entry, source in zip_longest(entries, found):
-        if entry is None or entry[:4] != source:
-            raise Stale
-        yield entry
+    def compare_entries() -> Iterator[Any]:
+        for entry in read_index(index):
+            if images and (now := current.pop(entry.path, None)) != [*entry[1:4]]:
+                lines[entry.path] = "has changed" if now else "is gone"
+            yield entry.label, entry.offset, entry[6:8], entry[8:10]
 
-
-def changes(index: Path, folder: Path, images: FolderImages) -> list[str]:
-    """What became of each image that differs from its entry."""
-    before, after = {entry[:4] for entry in read_index(index)}, set(stamped(folder, images))
-    was, now = ({path for path, *_ in one - other} for one, other in ((before, after), (after, before)))
-    return [
-        f"{folder / path} {'has changed' if path in was & now else 'is gone' if path in was else 'is new'}"
-        for path in sorted(was | now)
-    ]
+    locations = np.fromiter(compare_entries(), LOCATION)
+    lines |= dict.fromkeys(current, "is new")
+    changes += [f"{source / path} {line}" for path, line in sorted(lines.items())]
+    return locations
