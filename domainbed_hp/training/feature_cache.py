@@ -26,8 +26,8 @@ from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
-from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.prepared import index
+from domainbed_hp.datasets.spec import ImageViews
 from domainbed_hp.files import cache_dir
 from domainbed_hp.networks.clip import find_clip
 from domainbed_hp.training.setup import RunSetup
