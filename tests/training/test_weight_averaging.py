@@ -182,7 +182,13 @@ def test_holding_gives_back_the_weights_bit_for_bit() -> None:
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
 
 
-SHORT = {"algorithm": "LoRA", "steps": 4, "checkpoint_freq": 1, "save_model_every_checkpoint": True}
+SHORT = {
+    "eval_images": None,
+    "algorithm": "LoRA",
+    "steps": 4,
+    "checkpoint_freq": 1,
+    "save_model_every_checkpoint": True,
+}
 SWAD_NOW = {"average": "swad", "swad_converge": 1, "swad_tolerance": 1, "swad_ratio": 0.0, "lr": 0.01}
 
 
