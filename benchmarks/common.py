@@ -1,4 +1,4 @@
-"""What several benchmarks share: images to measure on, a machine that is quiet, turns and their ratios."""
+"""Helpers that several benchmarks share: a data set of links, a quiet machine, interleaved rounds and their ratios."""
 
 import contextlib
 import io
@@ -7,21 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from domainbed_hp.run_args import RunArgs
-from domainbed_hp.scripts.prepare import main as prepare
-from domainbed_hp.training.setup import set_up_run
-
 T = TypeVar("T")
 
 
-def subset(data_dir: Path, folder: Path, images: int) -> None:
-    """Links to the first `images` of each environment of PACS, classes in turn; 0: to all of them."""
+def link_images(data_dir: Path, folder: Path, images: int) -> None:
+    """Link the first `images` of each environment of PACS into `folder`, classes in turn; 0 links all of them."""
     if not images:
-        (folder / "PACS").symlink_to((data_dir / "PACS").resolve_hparams())
+        (folder / "PACS").symlink_to((data_dir / "PACS").resolve())
         return
     for env in sorted((data_dir / "PACS").iterdir()):
         classes = [sorted(path.iterdir()) for path in sorted(env.iterdir())]
@@ -29,26 +27,18 @@ def subset(data_dir: Path, folder: Path, images: int) -> None:
             source = classes[i % len(classes)][i // len(classes)]
             target = folder / "PACS" / source.relative_to(data_dir / "PACS")
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source.resolve_hparams())
-
-
-def prepare_for(args: RunArgs) -> None:
-    """Prepare what a run reads, as its tower wants it."""
-    with quiet():
-        size, resize, interpolation, _ = set_up_run(args).preprocess
-        shape = ["--image_size", str(size), "--resize", resize, "--interpolation", interpolation, "--encoding", "raw"]
-        prepare(["--data_dir", str(args.data_dir), "--dataset", args.dataset, *shape])
-        assert set_up_run(args).dataset.source == "prepared, raw"
+            target.symlink_to(source.resolve())
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence() -> Iterator[None]:
+    """Drop what is printed."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
-def one_thread(device: torch.device) -> str:
-    """Torch on one thread, on the CPU pinned to a core; returns what it runs on."""
+def use_one_thread(device: torch.device) -> str:
+    """Put torch on one thread, pinned to a core where the device is the CPU; return the device in words."""
     torch.set_num_threads(1)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)  # the loader's threads have all cores
@@ -56,13 +46,8 @@ def one_thread(device: torch.device) -> str:
     return "one core"
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def turns(variants: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
-    """What each variant returns, called with the number of each round; the order turns, too."""
+def interleave(variants: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
+    """Return the results of each variant, called once a round with the round's number; the order alternates."""
     results: dict[str, list[T]] = {name: [] for name in variants}
     for round_i in range(rounds):
         for name, variant in list(variants.items())[:: -1 if round_i % 2 else 1]:
@@ -70,12 +55,12 @@ def turns(variants: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, 
     return results
 
 
-def spread(ratios: ArrayLike) -> str:
-    """Median, and 5 to 95 % of the rounds."""
+def format_spread(ratios: ArrayLike) -> str:
+    """Return the median of the rounds, and their 5 to 95 %, as text."""
     low, median, high = np.quantile(ratios, (0.05, 0.5, 0.95))
-    return f"{number(median)} ({number(low)} to {number(high)})"
+    return f"{format_number(median)} ({format_number(low)} to {format_number(high)})"
 
 
-def number(x: float) -> str:
-    """Three digits."""
+def format_number(x: float) -> str:
+    """Return three digits."""
     return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"

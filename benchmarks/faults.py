@@ -1,10 +1,12 @@
-"""What a sweep is worth whose processes are killed again and again: the records of one that nobody disturbed.
+"""Records of a sweep whose processes are killed again and again, compared with those of an undisturbed one.
 
     python benchmarks/faults.py [--kills 50] [--seed 0]
 
-Six jobs on ShapesDG run undisturbed, then again while at random moments `kill -9` hits the launcher, a job, or both,
-and the sweep is launched anew. Compares every results.jsonl but for times, and watches that a job that is done is never
-touched again.
+How: six jobs on ShapesDG run undisturbed, then again while at random moments `kill -9` hits the launcher, a job, or
+both, and the sweep is launched anew. Every results.jsonl must be equal but for times, and a job
+that is done must never be touched again. Exits with 1 otherwise.
+
+Runtime on two cores: 6 minutes with 50 kills.
 """
 
 import argparse
@@ -33,26 +35,26 @@ LAUNCH = [
 ]
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """A launcher with a process group of its own."""
+def start_launcher(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a launcher in a process group of its own."""
     command = [sys.executable, *LAUNCH, "--output_dir", str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-def children(pid: int) -> list[int]:
-    """Processes that `pid` started, read from /proc."""
-    found = []
+def find_children(pid: int) -> list[int]:
+    """Return the processes that `pid` started, from /proc."""
+    pids = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except (OSError, IndexError):
             continue
-    return found
+    return pids
 
 
-def outcome(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of each job, without what differs between two runs of the same."""
+def read_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of every job, without what differs between two runs of the same job."""
     result = {}
     for job in load_jobs(folder):
         lines = (job.folder / "results.jsonl").read_text().splitlines()
@@ -62,19 +64,19 @@ def outcome(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
-def finished(folder: Path) -> dict[str, int]:
-    """When each job that is done was."""
+def done_times(folder: Path) -> dict[str, int]:
+    """Return the time at which a job was done, for every job that is."""
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"*/{DONE}")}
 
 
 def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
-    """Launch and kill, again and again, until `kills` have hit; then launch to the end."""
+    """Launch and kill, again and again, until `kills` have hit; then launch to the end. Return the hits by kind."""
     hits: Counter[str] = Counter()
     done: dict[str, int] = {}
-    launcher = start(folder)
+    launcher = start_launcher(folder)
     while sum(hits.values()) < kills:
         time.sleep(chance.uniform(0.2, 6))
-        victims = {"launcher": [launcher.pid], "job": children(launcher.pid)}
+        victims = {"launcher": [launcher.pid], "job": find_children(launcher.pid)}
         victims["both"] = victims["launcher"] + victims["job"]
         kind = chance.choice(sorted(kind for kind in victims if victims[kind]))
         if launcher.poll() is None and victims[kind]:
@@ -82,7 +84,7 @@ def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
             for pid in victims[kind]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        now = finished(folder)
+        now = done_times(folder)
         assert all(now[name] == when for name, when in done.items()), "a job was done twice"
         done = now
         print(f"{sum(hits.values())} kills, {len(done)} jobs done", flush=True)
@@ -90,27 +92,27 @@ def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
             break
         if launcher.poll() is not None or kind != "job":
             launcher.wait()
-            launcher = start(folder)
+            launcher = start_launcher(folder)
     launcher.wait()
-    while start(folder).wait() or any(read_state(job.folder) != State.DONE for job in load_jobs(folder)):
+    while start_launcher(folder).wait() or any(read_state(job.folder) != State.DONE for job in load_jobs(folder)):
         time.sleep(1)
-    assert all(finished(folder)[name] == when for name, when in done.items()), "a job was done twice"
+    assert all(done_times(folder)[name] == when for name, when in done.items()), "a job was done twice"
     return hits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         whole, torn = Path(folder) / "whole", Path(folder) / "torn"
         begin = time.time()
-        assert start(whole).wait() == 0
+        assert start_launcher(whole).wait() == 0
         undisturbed_s, begin = time.time() - begin, time.time()
         hits = disturb(torn, args.kills, random.Random(args.seed))
-        expected, got = outcome(whole), outcome(torn)
+        expected, got = read_records(whole), read_records(torn)
         print(f"undisturbed: {undisturbed_s:.0f} s; with {dict(hits)} kills: {time.time() - begin:.0f} s")
         equal = sum(expected[name] == got.get(name) for name in expected)
         print(f"{equal} of {len(expected)} results.jsonl are equal but for times")

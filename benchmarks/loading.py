@@ -1,24 +1,24 @@
-"""How fast images load: prepared data and batched augmentation against a pipeline in Pillow written as DomainBed's.
+"""Time to load and augment an image: prepared data and batched augmentation against DomainBed's pipeline in Pillow.
 
     python benchmarks/loading.py DATA_DIR
 
-DATA_DIR holds PACS/. One pinned core, one thread; variants take turns round by round, and each round gives a ratio.
-All end in the same normalised float batch; `copy`: normalised as a tower does, which leaves x as it is, at the price of
-another 19 MB of fresh memory. `host alone`: what is left to the host where the augmentation is on a GPU.
-Prepares PACS at 224 pixels (raw, 3 GB) in a temporary folder first.
+How: DATA_DIR holds PACS/, which is prepared at 224 pixels in a temporary folder first (raw, 3 GB). One pinned core, one
+thread, warm file cache. The variants take turns round by round, and each round gives a ratio. All of them end in the
+same normalised float batch, but for `host alone`: what is left to the host where the augmentation is on a GPU. `copy`
+normalises as a tower does, which leaves x as it is and costs another 19 MB of fresh memory.
+
+Runtime on one core: 10 minutes.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import numpy as np
 import torch
+from common import format_spread, interleave, silence, use_one_thread
 from PIL import Image
 from tabulate import tabulate
 from torchvision import transforms
@@ -35,8 +35,8 @@ BATCH = 32
 CPU = torch.device("cpu")
 
 
-def domainbeds(augmentation: str) -> transforms.Compose:
-    """Transforms as in DomainBed's datasets.py; `crop_flip` leaves out its colours."""
+def make_domainbed_transform(augmentation: str) -> transforms.Compose:
+    """Return the transforms of DomainBed's datasets.py; `crop_flip` leaves out its colours."""
     if augmentation == "none":
         steps = [transforms.Resize((224, 224))]
     else:
@@ -46,8 +46,8 @@ def domainbeds(augmentation: str) -> transforms.Compose:
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-def pillow(images: FolderImages, transform: transforms.Compose, indices: list[int]) -> torch.Tensor:
-    """Open, decode and transform one by one, as torchvision's ImageFolder and default collation."""
+def load_by_pillow(images: FolderImages, transform: transforms.Compose, indices: list[int]) -> torch.Tensor:
+    """Open, decode and transform one by one, as torchvision's ImageFolder and default collation do."""
     batch = []
     for i in indices:
         with open(images.paths[i], "rb") as file:
@@ -55,29 +55,25 @@ def pillow(images: FolderImages, transform: transforms.Compose, indices: list[in
     return torch.stack(batch)
 
 
-def measure(variants: dict[str, Callable[[int], object]], images: int, rounds: int) -> dict[str, np.ndarray]:
-    """Name -> ms per image of each round; in every round each variant has one turn."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for r in range(rounds + 1):
-        for name, variant in variants.items():
-            start = time.perf_counter()
-            for batch in range(images // BATCH):
-                variant(r * images // BATCH + batch)
-            times[name].append((time.perf_counter() - start) / images * 1e3)
-    return {name: np.array(values[1:]) for name, values in times.items()}  # the first round warms up
+def time_image(load: Callable[[int], object], images: int, round_i: int) -> float:
+    """Return the ms per image of the batches of a round."""
+    start = time.perf_counter()
+    for batch in range(images // BATCH):
+        load(round_i * images // BATCH + batch)
+    return (time.perf_counter() - start) / images * 1e3
 
 
 def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[str, np.ndarray]:
-    """`measure` of the four ways to a batch; all show the same number of images of each environment in turn."""
+    """Return the ms per image of every variant and round; all load the same number of images of each environment."""
     spec, preprocess, normalise = find_spec("PACS"), Preprocess(224, augmentation=augmentation), Normalise()
     prepared, (_, files) = open_dataset(spec, folder, preprocess), read_folder(spec, folder)
     assert prepared.source == "prepared, raw"
     split = [{"in": range(len(env))} for env in files]
     order = [rng("order", i).permutation(len(env)) for i, env in enumerate(files)]
-    transform = domainbeds(augmentation)
+    transform = make_domainbed_transform(augmentation)
 
     def theirs(t: int) -> object:
-        return pillow(files[t % 4], transform, np.roll(order[t % 4], -t * BATCH)[:BATCH].tolist())
+        return load_by_pillow(files[t % 4], transform, np.roll(order[t % 4], -t * BATCH)[:BATCH].tolist())
 
     def in_place(x: torch.Tensor) -> torch.Tensor:
         return x.sub_(normalise.mean).div_(normalise.std)
@@ -105,27 +101,28 @@ def compare(folder: Path, augmentation: str, images: int, rounds: int) -> dict[s
         "files": ours([DecodedViews(env, preprocess) for env in files], in_place),
         "prepared, host alone": ours(prepared.environments, None),
     }
-    return measure(variants, images, rounds)
+    turns = {name: lambda r, load=load: time_image(load, images, r) for name, load in variants.items()}
+    times = interleave(turns, rounds + 1)
+    return {name: np.array(values[1:]) for name, values in times.items()}  # the first round warms up
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--images", type=int, default=256, help="per variant and round")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("data_dir", type=Path, help="folder that holds PACS/")
+    parser.add_argument("--images", type=int, default=256, help="images of each variant in a round")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds to measure")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    use_one_thread(CPU)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "PACS").symlink_to((args.data_dir / "PACS").resolve_hparams())
+        (Path(folder) / "PACS").symlink_to((args.data_dir / "PACS").resolve())
         shape = ["--image_size", "224", "--resize", "squash", "--interpolation", "bilinear", "--encoding", "raw"]
-        prepare(["--data_dir", folder, "--dataset", "PACS", *shape])
+        with silence():
+            prepare(["--data_dir", folder, "--dataset", "PACS", *shape])
         for name, augmentation in (("crop + flip", "crop_flip"), ("DomainBed's", "domainbed"), ("evaluation", "none")):
             times = compare(Path(folder), augmentation, args.images, args.rounds)
             for variant, ms in times.items():
-                low, median, high = np.quantile(times["pillow"] / ms, (0.05, 0.5, 0.95))
-                ratio = "" if variant == "pillow" else f"{median:.2f} ({low:.2f} to {high:.2f})"
+                ratio = "" if variant == "pillow" else format_spread(times["pillow"] / ms)
                 rows.append([name, variant, f"{np.median(ms):.3f}", f"{1e3 / np.median(ms):,.0f}", ratio])
     headers = ["", "", "ms/image", "images/s", "times pillow (5 to 95 % of rounds)"]
     print(tabulate(rows, headers=headers, disable_numparse=True))

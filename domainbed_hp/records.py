@@ -22,44 +22,29 @@ TAIL_BYTES = 2**16
 
 
 class Record(TypedDict, total=False):
-    """The keys of a record. Besides them it holds, as a number in a key of its own:
+    """The keys of a record. Besides them, each number in a key of its own, it holds
 
     - `env{i}_in_acc`, `env{i}_out_acc`, `env{i}_uda_acc`: the accuracy in [0, 1] on a split of environment i;
-    - everything that the algorithm logs in a step, such as `loss`, `ce` or `mmd`: the mean over the steps since the
-      record before;
-    - everything that `Algorithm.diagnose` returns, such as `val_mmd`.
+    - what the algorithm logs in a step, such as `loss`, `ce` or `mmd`: the mean over the steps since the last record;
+    - what `Algorithm.diagnose` returns, such as `val_mmd`.
 
-    A record of DomainBed lacks the keys from `versions` on. Its `hparams` are those of its own algorithm.
+    Records of DomainBed have the keys up to `hparams`.
     """
 
-    step: int
-    """Index of the last update; the first one has index 0."""
-    epoch: float
-    """Number of passes through the smallest environment, test environments included."""
-    step_time: float
-    """Mean time of a step in seconds."""
-    mem_gb: float
-    """Peak of allocated GPU memory in GiB; 0 on the CPU."""
-    args: dict[str, Any]
-    """Flags of the run: the fields of `RunArgs`."""
-    hparams: dict[str, Any]
-    """Hyperparameters of the run, after draws and overrides."""
-    versions: dict[str, str]
-    """Versions of the code and its libraries, and the hardware."""
-    elapsed_s: float
-    """Wall-clock time of the run in seconds, without the time in which it was stopped."""
-    image_size: int
-    """Side of the images in pixels."""
-    trainable_params: int
-    """Number of parameters that are trained."""
-    protocol: dict[str, Any]
-    """Conditions under which accuracies of two runs can be compared: preprocessing, weights, text."""
-    val_loss: float
-    """Mean over the training environments of the cross-entropy on their `out` splits."""
-    raw_val_loss: float
-    """The same for the weights that are trained, where their average is scored."""
-    gates: list[list[float]]
-    """Gates of the attention heads: layers x heads."""
+    step: int  # index of the last update; the first one has index 0
+    epoch: float  # number of passes through the smallest environment, test environments included
+    step_time: float  # mean time of a step in seconds
+    mem_gb: float  # peak of allocated GPU memory in GiB; 0 on the CPU
+    args: dict[str, Any]  # flags of the run: the fields of RunArgs
+    hparams: dict[str, Any]  # hyperparameters, after draws and overrides
+    versions: dict[str, str]  # versions of the code and its libraries, and the hardware
+    elapsed_s: float  # wall-clock time of the run in seconds, without the time in which it was stopped
+    image_size: int  # side of the images in pixels
+    trainable_params: int  # number of parameters that are trained
+    protocol: dict[str, Any]  # what must agree where accuracies are compared: preprocessing, weights, text
+    val_loss: float  # mean over the training environments of the cross-entropy on their `out` splits
+    raw_val_loss: float  # the same for the weights that are trained, where an average of weights is scored
+    gates: list[list[float]]  # gates of the attention heads: layers x heads
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:

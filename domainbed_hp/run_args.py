@@ -5,6 +5,7 @@ jobs, and what two runs must share to be averaged in one cell of a table. This m
 """
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
@@ -14,6 +15,7 @@ from domainbed_hp.registry import ALGORITHMS, DATASETS, UsageError, unknown_name
 
 GROUPS = TRAINING, EVALUATION, OUTPUT, SPEED = "what to train", "evaluation", "output", "speed"
 """Groups of flags in `--help`, in their order there."""
+EXAMPLE = """'{"lr": 1e-4}'"""
 
 
 def flag(
@@ -68,7 +70,7 @@ class RunArgs:
         choices=("domain_generalization", "domain_adaptation"),
     )
     hparams: str | None = flag(
-        None, """hyperparameters to set, a JSON object such as '{"lr": 1e-4}'""", metavar="JSON", per_job=True
+        None, f"hyperparameters to set, a JSON object such as {EXAMPLE}", metavar="JSON", per_job=True
     )
     hparams_seed: int = flag(0, "0: default hyperparameters; n > 0: the n-th random draw", per_job=True)
     trial_seed: int = flag(0, "seed of the split into training and validation images, and of the draw", per_job=True)
@@ -204,6 +206,18 @@ def find_differences(before: Mapping[str, Any], args: Mapping[str, Any]) -> dict
     )
     names = [name for name in there | here if name not in WHERE and there.get(name) != here.get(name)]
     return {name: (there.get(name), here.get(name)) for name in names}
+
+
+def parse_hparams(text: str | None) -> dict[str, Any]:
+    """Return the hyperparameters in `--hparams`; `UsageError` unless it is a JSON object of names and values."""
+    expected = f"--hparams: got {text!r}, expected a JSON object of names and values, such as {EXAMPLE}"
+    try:
+        hparams = json.loads(text or "{}")
+    except ValueError as error:
+        raise UsageError(f"{expected}; this is not valid JSON: {error}") from error
+    if not isinstance(hparams, dict) or any(isinstance(value, dict) for value in hparams.values()):
+        raise UsageError(expected)
+    return hparams
 
 
 def name_flags(args: Mapping[str, Any]) -> dict[str, Any]:

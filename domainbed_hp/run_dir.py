@@ -29,28 +29,17 @@ from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from domainbed_hp.registry import UsageError
 
-RESULTS = "results.jsonl"
-"""Records, one JSON object per line."""
-DONE = "done"
-"""The file that is written last."""
-ERROR = "err.txt"
-"""The exception that ended the run. DomainBed leaves an empty one in every folder."""
-OUT = "out.txt"
-"""A copy of the run's stdout."""
-LOCK = "lock"
-"""The lease of the process that works in the folder."""
-CHECKPOINT = "checkpoint.pt"
-"""The state that a stopped run resumes from."""
-MODEL = "model.safetensors"
-"""The model after the last step."""
-BEST_MODEL = "model_best.safetensors"
-"""The model that training-domain validation selects, with --keep best."""
-STEP_MODEL = "model_step{step}.safetensors"
-"""The model at a step, with --save_model_every_checkpoint."""
-LAUNCH_LOG = "launch.log"
-"""The stderr of the job's process, written by its launcher."""
-OLD_HEARTBEAT = "heartbeat.json"
-"""A file of version 0.1.0, which killed runs left. It is removed."""
+RESULTS = "results.jsonl"  # records, one JSON object per line
+CHECKPOINT = "checkpoint.pt"  # the state that a stopped run resumes from
+MODEL = "model.safetensors"  # the model after the last step
+BEST_MODEL = "model_best.safetensors"  # the model that training-domain validation selects, with --keep best
+STEP_MODEL = "model_step{step}.safetensors"  # the model at a step, with --save_model_every_checkpoint
+OUT = "out.txt"  # a copy of the run's stdout
+ERROR = "err.txt"  # the exception that ended the run; DomainBed leaves an empty one in every folder
+DONE = "done"  # the file that is written last
+LOCK = "lock"  # the lease of the process that works in the folder
+LAUNCH_LOG = "launch.log"  # the stderr of the job's process, written by its launcher
+OLD_HEARTBEAT = "heartbeat.json"  # left by killed runs of an earlier version, and removed
 
 LEASE_S = 60.0
 """Time without a sign of life after which the lease of another host is taken over."""
@@ -63,7 +52,7 @@ EXIT_TAKEN = 75
 
 
 class State(StrEnum):
-    """The state of a run. DomainBed's words, where it has the state."""
+    """The state of a run, in DomainBed's words where DomainBed has the state."""
 
     NOT_LAUNCHED = "Not launched"
     RUNNING = "Running"
@@ -128,12 +117,12 @@ def get_host_name() -> str:
 
 def is_alive(pid: int) -> bool:
     """Return whether a process of this host exists."""
+    if os.name == "nt":  # `os.kill` would signal it; the age of the lease alone decides
+        return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # others: it is another user's
     return True
 
 
@@ -143,7 +132,7 @@ def make_lease(folder: Path) -> SoftFileLease:
 
 
 def read_stamp(folder: Path) -> tuple[int, int] | None:
-    """Return what a sign of life of the lease's holder changes; None where there is no lease."""
+    """Return the time of change and the inode of the lease's file, which a live holder changes; None without a file."""
     try:
         with open(folder / LOCK, "rb") as file:  # opened: network file systems cache what `stat` returns
             status = os.fstat(file.fileno())
@@ -163,10 +152,10 @@ def find_abandoned(folders: Sequence[Path]) -> list[Path]:
 
 
 class RunLock:
-    """The right to work in the folder of a run, alone; a context manager.
+    """A context manager inside of which this process alone works in the folder of a run.
 
-    It creates the folder, and removes it again if it was new and nothing was written there. An exception is written to
-    `err.txt`: the message of a `UsageError`, the traceback of others. The earlier `err.txt` is removed at the start.
+    It creates the folder, and removes it again if it was new and nothing was written there. It removes the `err.txt` of
+    an earlier attempt, and writes an exception to a new one: a `UsageError` as its message, others as a traceback.
 
     Raises:
         RunTaken: the run is done, or another process works on it. A lease of another host is watched first, for
@@ -178,7 +167,7 @@ class RunLock:
         self.folder = folder
         self.lease = make_lease(folder)
         self.created = False
-        """Whether the folder is new."""
+        """True if the folder is new."""
 
     def __enter__(self) -> RunLock:
         self.created = not self.folder.exists()
@@ -211,20 +200,19 @@ class RunLock:
     def check(self) -> None:
         """Raise `RunTaken` if the lease is lost: another host took it over, or its file or the folder was deleted."""
         owner = self.lease.owner
-        if owner is None:
-            raise RunTaken(
-                f"{self.folder / LOCK} was removed: another process may work in the folder, so this one stops"
-            )
-        if self.lease.compromise or owner.token != self.lease.token:
+        if owner and owner.token != self.lease.token:
             raise self._taken()
+        if owner is None or self.lease.compromise:
+            lost = f"{self.folder / LOCK} was removed, or could not be touched for too long"
+            raise RunTaken(f"{lost}: another process may work in the folder, so this one stops")
 
     def _acquire(self) -> None:
         lock = self.folder / LOCK
         with contextlib.suppress(FileNotFoundError):
             if not lock.stat().st_size:
-                # filelock never takes over an empty file. Version 0.1.0 left such files, and so may a crash of the
-                # host. With a byte in it the file is malformed, and is taken over after 2 s. A process that is about
-                # to write its lease overwrites the byte.
+                # filelock never takes over an empty file, as an earlier version or a crash of the host may leave it.
+                # With a byte in it the file is malformed, and is taken over after 2 s. A process that is about to write
+                # its lease overwrites the byte.
                 with open(lock, "ab") as file:
                     file.write(b"\n")
         first = read_stamp(self.folder)

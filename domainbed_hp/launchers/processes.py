@@ -16,17 +16,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from domainbed_hp import run_dir
 from domainbed_hp.files import cpu_count
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import (
-    EXIT_TAKEN,
-    LAUNCH_LOG,
-    State,
-    find_abandoned,
-    is_local,
-    read_failure,
-    read_state,
-)
+from domainbed_hp.run_dir import EXIT_TAKEN, LAUNCH_LOG, State
 
 POLL_S = 0.05
 """Time between two looks at the processes that run."""
@@ -117,17 +110,18 @@ class Slot:
 def choose_jobs(commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, bool]]:
     """Yield the index of every job, and whether to start it: not a job that is done or running at that moment.
 
-    Jobs that seem to run on another host come last. They are watched together, and started if that host died.
+    Jobs that seem to run on another host come last. They are watched together, for a minute at most, and started if
+    that host died.
     """
     remote: dict[Path, int] = {}
     for index, command in enumerate(commands):
         folder = get_folder(command)
-        state = read_state(folder)
-        if state is State.RUNNING and not is_local(folder):
+        state = run_dir.read_state(folder)
+        if state is State.RUNNING and not run_dir.is_local(folder):
             remote[folder] = index
         else:
             yield index, state not in (State.DONE, State.RUNNING)
-    abandoned = find_abandoned(list(remote))
+    abandoned = run_dir.find_abandoned(list(remote))
     yield from ((index, folder in abandoned) for folder, index in remote.items())
 
 
@@ -185,8 +179,8 @@ def report_failure(command: Sequence[str], code: int, lines: Sequence[str]) -> N
         return
     how = f"killed by {get_signal_name(code)}" if code < 0 else f"failed with exit code {code}"
     reason = lines[-1] if lines else "it wrote nothing to stderr"
-    if read_state(folder) is State.FAILED:
-        reason = read_failure(folder)
+    if run_dir.read_state(folder) is State.FAILED:
+        reason = run_dir.read_failure(folder)
     more = f" (all of it: {folder / LAUNCH_LOG})" if len(lines) > 1 else ""
     tqdm.write(f"{how}: {folder}\n    {reason}{more}", file=sys.stderr)
 

@@ -19,15 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from domainbed_hp.launchers.processes import (
-    Slot,
-    check_at_least_one,
-    choose_jobs,
-    get_folder,
-    make_environment,
-    report_failure,
-    was_stopped,
-)
+from domainbed_hp.launchers import processes
+from domainbed_hp.launchers.processes import Slot, get_folder, report_failure, was_stopped
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import EXIT_TAKEN, LAUNCH_LOG, State, read_state
 
@@ -60,7 +53,7 @@ def launch(
 
     Slurm's own logs are in the folder `slurm` next to the folders of the jobs.
     """
-    check_at_least_one(max_parallel=max_parallel)
+    processes.check_at_least_one(max_parallel=max_parallel)
     options = parse_options(slurm or {})
     if not commands:
         return []
@@ -70,7 +63,7 @@ def launch(
     names = [get_folder(command).name for command in commands]
     ids = {i: queued[name] for i, name in enumerate(names) if name in queued}
     rest = [i for i in range(len(commands)) if i not in ids]
-    new = [rest[k] for k, start in choose_jobs([commands[i] for i in rest]) if start]
+    new = [rest[k] for k, start in processes.choose_jobs([commands[i] for i in rest]) if start]
     ids |= dict(zip(new, submit([commands[i] for i in new], logs, options, max_parallel), strict=True))
     try:
         for i, last_state in wait_for_jobs(ids, len(commands)):
@@ -89,7 +82,7 @@ class NodeJob:
     process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, command: list[str]) -> int:
-        slot = Slot(make_environment(1))
+        slot = Slot(processes.make_environment(1))
         # Slurm signals every process of a job. SIGUSR2 is for submitit in this process: a signal that is blocked while
         # the child starts stays blocked in the child.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})

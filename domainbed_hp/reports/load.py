@@ -40,7 +40,7 @@ class Run:
     """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
     image_size: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
-    """Unusual conditions that the algorithm declares, e.g. {"transductive": True}."""
+    """Conditions under which the run was trained and scored, e.g. {"weights": ..., "transductive": True}."""
     row: str = ""
     """The row of the tables that the run belongs to."""
 
@@ -162,7 +162,7 @@ def collect_records(
         store = stores.get(keys)
         if new_run or store is not last_store or store is None:
             accs = [f"env{i}_{split}_acc" for i in runs[-1].args["test_envs"] for split in ("in", "out")]
-            check_keys(record, ["step", *accs], f"a record of {folder}")
+            require_keys(record, ["step", *accs], f"a record of {folder}")
         if store is None:
             store = stores[keys] = NumberStore(record)
         store.add(record, len(run_of_record))
@@ -171,15 +171,15 @@ def collect_records(
     collected.frame = pd.DataFrame({"run": np.array(run_of_record, dtype=int), **columns})
     for name in REQUIRED_ARGS:
         values = [tuple(run.args[name]) if name == "test_envs" else run.args[name] for run in runs]
-        column = spread(values, collected.frame["run"])
+        column = spread_over_records(values, collected.frame["run"])
         collected.frame[name] = column.astype(int) if name.endswith("_seed") else column
     assign_rows(collected)
-    collected.frame["row"] = spread([run.row for run in runs], collected.frame["run"])
+    collected.frame["row"] = spread_over_records([run.row for run in runs], collected.frame["run"])
     collected.notes += describe_repeated_runs(collected)
     return collected
 
 
-def spread(values: list[Any], run_of_record: pd.Series) -> pd.Series:
+def spread_over_records(values: list[Any], run_of_record: pd.Series) -> pd.Series:
     """Return a column that holds, for every record, the value of its run."""
     by_run = np.empty(len(values), dtype=object)
     by_run[:] = values
@@ -188,10 +188,10 @@ def spread(values: list[Any], run_of_record: pd.Series) -> pd.Series:
 
 def check_args(args: Collection[str], source: str) -> None:
     """Raise `UsageError` where arguments lack one of `REQUIRED_ARGS`; `source` says where they were read."""
-    check_keys([f"args.{name}" for name in args], [f"args.{name}" for name in REQUIRED_ARGS], source)
+    require_keys([f"args.{name}" for name in args], [f"args.{name}" for name in REQUIRED_ARGS], source)
 
 
-def check_keys(keys: Collection[str], required: Iterable[str], source: str) -> None:
+def require_keys(keys: Collection[str], required: Iterable[str], source: str) -> None:
     """Raise `UsageError` where one of the required keys is absent; `source` says where the keys were read."""
     if missing := [key for key in required if key not in keys]:
         raise UsageError(
@@ -203,23 +203,19 @@ def check_keys(keys: Collection[str], required: Iterable[str], source: str) -> N
 
 def describe_repeated_runs(collected: CollectedRuns) -> list[str]:
     """Return a note for every run whose records would count more than once; leave-one-out leaves such steps out."""
-    runs_at: dict[tuple[Any, ...], list[int]] = {}
-    for i, run in enumerate(collected.runs):
-        seeds = run.args["trial_seed"], run.args["hparams_seed"]
-        place = run.row, run.args["dataset"], *seeds, tuple(sorted(run.args["test_envs"]))
-        runs_at.setdefault(place, []).append(i)
-    repeated = collected.frame.duplicated(["run", "step"]) if collected.runs else pd.Series(dtype=bool)
-    runs_with_repeats = set(collected.frame.loc[repeated, "run"]) if repeated.any() else set()
+    ids: dict[tuple[Any, ...], int] = {}
+    id_of_run = []
+    for run in collected.runs:
+        seeds, envs = (run.args["trial_seed"], run.args["hparams_seed"]), tuple(sorted(run.args["test_envs"]))
+        id_of_run.append(ids.setdefault((run.row, run.args["dataset"], seeds, envs), len(ids)))
+    places = pd.DataFrame(
+        {"id": np.array(id_of_run, dtype=int)[collected.frame["run"]], "step": collected.frame["step"]}
+    )
     notes = []
-    for runs in runs_at.values():
-        if len(runs) > 1 or runs[0] in runs_with_repeats:
-            records = collected.frame[collected.frame["run"].isin(runs)]
-            folders = dict.fromkeys(collected.runs[i].folder for i in runs)
-            if records.duplicated("step").any():
-                notes.append(
-                    f"records of one run are there more than once, and all of them count: {' and '.join(folders)}; "
-                    "remove the copies"
-                )
+    for repeated in sorted(places["id"][places.duplicated()].unique()):
+        folders = dict.fromkeys(run.folder for run, i in zip(collected.runs, id_of_run, strict=True) if i == repeated)
+        copies = " and ".join(folders)
+        notes.append(f"records of one run are there more than once, and all of them count: {copies}; remove the copies")
     return notes
 
 

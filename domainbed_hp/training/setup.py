@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_args import RunArgs
+from domainbed_hp.run_args import RunArgs, parse_hparams
 from domainbed_hp.training.model_io import ModelSpec
 
 MAX_WORKERS = 8
 """Default number of loader threads on a GPU, if there are as many cores. On the CPU the default is 0."""
-
-EXAMPLE = """'{"lr": 1e-4}'"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class RunSetup:
 
 def set_up_run(args: RunArgs) -> RunSetup:
     """Resolve hparams, open the data set and split it; `UsageError` for arguments that do not fit."""
-    seeds, overrides = (args.hparams_seed, args.trial_seed), parse_overrides(args.hparams)
+    seeds, overrides = (args.hparams_seed, args.trial_seed), parse_hparams(args.hparams)
     hparams = hparams_registry.resolve_hparams(args.algorithm, args.dataset, *seeds, overrides)
     algorithm = get_algorithm_class(args.algorithm)
     spec = find_spec(args.dataset, args.data_dir)
@@ -123,17 +120,6 @@ def set_up_run(args: RunArgs) -> RunSetup:
     )
     run.make_train_loader(), run.make_unlabeled_loader()  # they refuse empty splits
     return run
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Return the dict that `--hparams` holds; `UsageError` unless it is a JSON object."""
-    try:
-        overrides = json.loads(text or "{}")
-    except ValueError as error:
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object such as {EXAMPLE} ({error})") from error
-    if not isinstance(overrides, dict):
-        raise UsageError(f"--hparams: got {text!r}, expected a JSON object such as {EXAMPLE}")
-    return overrides
 
 
 def find_device(name: str | None) -> torch.device:

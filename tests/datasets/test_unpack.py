@@ -13,7 +13,7 @@ import pytest
 from made_archives import write_tar, write_zip
 
 from domainbed_hp.datasets.download import unpack as module
-from domainbed_hp.datasets.download.unpack import kind, unpack, unpacked_size
+from domainbed_hp.datasets.download.unpack import find_kind, unpack, unpacked_size
 from domainbed_hp.registry import UsageError
 
 FILES = {"top/a/1.jpg": b"one" * 1000, "top/b/2.jpg": b"", "top/b/3 ü.txt": b"three"}
@@ -58,10 +58,10 @@ def test_the_kind_follows_from_the_content(tmp_path):
     for name in NAMES:
         write(tmp_path / name, FILES)
         (tmp_path / name).rename(path)
-        assert kind(path) == name[2:]
+        assert find_kind(path) == name[2:]
     for other in (b"", b"<html>", b"\x89PNG"):
         path.write_bytes(other)
-        assert kind(path) == ""
+        assert find_kind(path) == ""
         with pytest.raises(UsageError, match="neither a zip nor a tar"):
             unpack(path, tmp_path / "into")
 
@@ -146,12 +146,12 @@ def test_a_name_that_comes_twice(tmp_path, refused, archive, again):
         with tarfile.open(path, "w:gz" if archive.endswith("gz") else "w") as tar:
             for name in ("a/1.jpg", again):
                 tar.addfile(tarfile.TarInfo(name))
-    refused(path, "twice in the archive")
+    refused(path, "there is a file of this name already")
 
 
 def test_the_same_letters_written_otherwise_are_the_same_name(tmp_path, refused):
     write_zip(tmp_path / "x.zip", {"\u00e9.jpg": b"x", "e\u0301.jpg": b"x"})
-    refused(tmp_path / "x.zip", "twice in the archive")
+    refused(tmp_path / "x.zip", "there is a file of this name already")
 
 
 @pytest.mark.parametrize("archive", ["x.zip", "x.tar.gz"])
@@ -273,17 +273,36 @@ def test_a_disk_that_takes_no_more_is_not_the_archives_fault(tmp_path, monkeypat
     class Full(io.BytesIO):
         write = fails
 
-    def open_full(path, mode):
-        return open(path, mode) if mode == "rb" else Full() if at == "write" else fails()
-
     write(tmp_path / archive, FILES)
     (tmp_path / "into").mkdir()
     if at == "mkdir":
-        monkeypatch.setattr(module.Path, "mkdir", lambda path, **_: path == tmp_path / "into" or fails())
+        monkeypatch.setattr(os, "mkdir", fails)
     else:
-        monkeypatch.setattr(module, "open", open_full, raising=False)
-    with pytest.raises(OSError, match=os.strerror(number)):
+        # As the two modules write files; they open the archive itself by other names.
+        for writer, name in ((zipfile, "open"), (tarfile, "bltn_open")):
+            monkeypatch.setattr(writer, name, fails if at == "open" else lambda *_: Full(), raising=False)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
         unpack(tmp_path / archive, tmp_path / "into")
+    assert caught.value.errno == number
+
+
+def test_an_impossible_position_is_the_archives_fault(tmp_path, refused, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    write_zip(tmp_path / "x.zip", FILES)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fails)
+    refused(tmp_path / "x.zip", "damaged, or not what its name says at 'top/a/1.jpg': .*Invalid argument")
+
+
+def test_a_file_of_an_earlier_archive_is_not_written_over(tmp_path):
+    for i, name in enumerate(NAMES):
+        write(tmp_path / name, {"a.jpg": bytes(10 + i)})
+    unpack(tmp_path / NAMES[0], tmp_path / "into")
+    for name in NAMES:
+        with pytest.raises(UsageError, match="refused because of 'a.jpg': there is a file of this name already"):
+            unpack(tmp_path / name, tmp_path / "into")
+    assert contents(tmp_path / "into") == {"a.jpg": bytes(10)}
 
 
 def test_headers_that_announce_headers_without_end(tmp_path, refused):

@@ -561,7 +561,7 @@ def test_a_launcher_of_ones_own_with_options(
     Path("launched").unlink()
     for option, message in {
         "retries=many": "launcher option retries: got 'many', expected int",
-        "quiet=1": "launcher option quiet: got '1', expected bool",
+        "quiet=1": "launcher option quiet: got 1, expected bool",
         "retry=1": "option of launcher my_cluster 'retry'. Did you mean 'retries'? Known: queue, retries, quiet",
         "retries": "--launcher_options retries: expected KEY=VALUE",
     }.items():
@@ -579,7 +579,10 @@ def test_an_option_by_its_own_flag_or_among_all_is_the_same(stubs: Path, launche
         assert launched[-1] == {"max_parallel": 2}
 
 
-def test_slurm_options_are_words() -> None:
+def test_slurm_options_are_words(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["launch", *DEBUG, "--command_launcher", "slurm", "--launcher_options", "slurm=x", "--skip_confirmation"]
+    assert run(script.main, argv) == 2
+    assert "launcher option slurm: got 'x', expected Mapping" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"slurm.mem: got \[1\], expected a word or a number"):
         spec_of(slurm={"mem": [1]})
 
@@ -662,7 +665,7 @@ FEW = "n_trials = 1\nn_hparams = 1\n"
         (["--hparams", '{"lrr": 1}'], "unknown hparam 'lrr'. Did you mean 'lr'? Known: average, lr"),
         (["--hparams", '{"lr": "big"}'], "hparam lr: got 'big'"),
         (["--hparams", "{"], "not valid JSON"),
-        (["--hparams", '{"ERM": {"lr": 1}}'], "expected an object of names and values"),
+        (["--hparams", '{"ERM": {"lr": 1}}'], "expected a JSON object of names and values"),
         (["--datasets", "PACS"], "PACS is read from disk: pass --data_dir"),
         (["--datasets", "PACS", "--data_dir", "nowhere"], "nowhere"),
         (["--n_trials", "0"], "no jobs: n_trials 0"),
@@ -767,11 +770,11 @@ def test_status_needs_a_sweep(stubs: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no sweep was launched into results/quickstart" in capsys.readouterr().err
 
 
-def test_status_imports_no_torch(stubs: Path) -> None:
+def test_status_imports_nothing_heavy(stubs: Path) -> None:
     assert run(script.main, ["launch", *DEBUG, "--command_launcher", "dummy"]) == 0
     code = (
         "import sys; from domainbed_hp.scripts.sweep import main; main(['status', '--output_dir', sys.argv[1]]);"
-        "sys.exit(bool({'torch', 'pandas', 'open_clip'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'pandas', 'open_clip', 'numpy', 'tqdm', 'tabulate'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code, stubs / "out"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

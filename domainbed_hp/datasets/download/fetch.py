@@ -22,7 +22,7 @@ from gdown import download as gdown_download
 from gdown.exceptions import DownloadError, FileURLRetrievalError
 from tqdm import tqdm
 
-from domainbed_hp.datasets.download.unpack import kind
+from domainbed_hp.datasets.download.unpack import find_kind
 from domainbed_hp.datasets.spec import Archive
 from domainbed_hp.registry import UsageError
 
@@ -89,7 +89,7 @@ def check_content(path: Path, archive: Archive) -> None:
         title = re.search(r"<title[^>]*>(.*?)</title>", start.decode(errors="replace"), re.DOTALL | re.IGNORECASE)
         words = " ".join(html.unescape(title[1]).split())[:200] if title else ""
         raise UsageError(f"got a web page instead of {archive.name}" + (f", titled {words!r}" if words else ""))
-    if is_packed(archive) and not kind(path):
+    if is_packed(archive) and not find_kind(path):
         raise UsageError(f"got something that is neither a zip nor a tar instead of {archive.name}")
 
 
