@@ -67,7 +67,7 @@ from domainbed_hp.training.sharpness import SAM
 from domainbed_hp.training.weight_averaging import WeightAverage
 
 class Last(WeightAverage):
-    def averaged_weights(self):
+    def compute_weights(self):
         return self.parameters
 
 class Lazy(SAM):
@@ -85,7 +85,7 @@ def test_weight_averages_and_sharpness_methods_are_registered(tmp_path: Path, mo
     assert import_plugin("around_updates") == ["Last", "Lazy"]
     parameters = [torch.nn.Parameter(torch.ones(2))]
     average = make_weight_average(parameters, {"average": "Last"}, 1)
-    assert average is not None and average.averaged_weights() == parameters
+    assert average is not None and average.compute_weights() == parameters
     perturb = make_perturbation(make("LoRA"), {"sharpness": "Lazy", "sam_rho": 1.0})
     assert type(perturb.__self__).__name__ == "Lazy"
 
