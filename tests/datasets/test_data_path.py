@@ -1,6 +1,5 @@
 """Each data set in its real layout, from the server to two training steps."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,7 @@ def test_from_the_server_to_two_training_steps(name: str, tmp_path: Path, monkey
     with Loopback() as server:
         spec = MAKERS[name](shelf, server.url)
         server.files |= {f"/{path.name}": path for path in shelf.iterdir()}
-        module, attribute = DATASETS[name].split(":")
-        monkeypatch.setattr(importlib.import_module(module), attribute, spec)
+        monkeypatch.setitem(DATASETS, name, spec)
         assert download.main([*data, "--datasets", name]) == 0
     assert download.main([*data, "--datasets", name, "--check"]) == 0
     assert prepare.main([*data, "--dataset", name, "--image_size", "64"]) == 0
