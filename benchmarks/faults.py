@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from domainbed_hp.run_dir import DONE, State, state
+from domainbed_hp.run_dir import DONE, State, read_state
 from domainbed_hp.sweep.jobs import load_jobs
 
 LAUNCH = [
@@ -94,7 +94,7 @@ def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
             launcher.wait()
             launcher = start_launcher(folder)
     launcher.wait()
-    while start_launcher(folder).wait() or any(state(job.folder) != State.DONE for job in load_jobs(folder)):
+    while start_launcher(folder).wait() or any(read_state(job.folder) != State.DONE for job in load_jobs(folder)):
         time.sleep(1)
     assert all(done_times(folder)[name] == when for name, when in done.items()), "a job was done twice"
     return hits

@@ -30,8 +30,8 @@ from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.networks.clip import find_clip
-from domainbed_hp.training.cuda_graph import speed_up
-from domainbed_hp.training.loop import seed_everything
+from domainbed_hp.training.cuda_graph import speed_up_training
+from domainbed_hp.training.model_io import seed_everything
 
 BASE, FULL = "LoRA", "FineTuneCLIP"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,7 @@ class Variant:
         size = find_clip(args.model, "random").preprocess.size
         built = get_algorithm_class(algorithm)((3, size, size), len(CLASSES), 3, hparams)
         self.algorithm: Algorithm = built.to(self.device)
-        speed_up(self.algorithm, self.device, choice, steps=0)
+        speed_up_training(self.algorithm, self.device, choice, steps=0)
         g = torch.Generator().manual_seed(0)
         x = torch.rand(batch, 3, size, size, generator=g).to(self.device)
         y = torch.randint(len(CLASSES), (batch,), generator=g).to(self.device)

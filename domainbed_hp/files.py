@@ -1,4 +1,4 @@
-"""Files that are whole on disk, or not there, and the folder of those that can be made again."""
+"""Atomic writes, the cache folder, and the number of cores."""
 
 import contextlib
 import hashlib
@@ -10,8 +10,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which then takes the place of `path`, in one step and for good."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # `remove_left` knows them by this
+    """Yield a temporary path to write to; at the end its file replaces `path` in one step, and is synced to disk.
+
+    On an error the temporary file is removed and `path` stays as it was.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # the pattern of `remove_temporary_files`
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -55,19 +58,19 @@ def hold_lock(path: Path, message: str) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """The user's own, or $DOMAINBED_HP_CACHE."""
+    """Return the folder for files that can be made again: $DOMAINBED_HP_CACHE, or the user's cache folder."""
     import pooch
 
     return Path(os.environ.get("DOMAINBED_HP_CACHE") or pooch.os_cache("domainbed_hp"))
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder where nobody else writes."""
+    """Remove the temporary files that killed processes left in a folder where no other process writes."""
     for path in folder.glob("*.[0-9]*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def cpu_count() -> int:
     """Return the number of cores that this process may use; under Slurm, those of its allocation."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(found, int(os.environ.get("SLURM_CPUS_ON_NODE", found)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", cores)))

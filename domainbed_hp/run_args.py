@@ -5,6 +5,7 @@ jobs, and what two runs must share to be averaged in one cell of a table. This m
 """
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
@@ -14,6 +15,7 @@ from domainbed_hp.registry import ALGORITHMS, DATASETS, UsageError, unknown_name
 
 GROUPS = TRAINING, EVALUATION, OUTPUT, SPEED = "what to train", "evaluation", "output", "speed"
 """Groups of flags in `--help`, in their order there."""
+EXAMPLE = """'{"lr": 1e-4}'"""
 
 
 def flag(
@@ -68,25 +70,44 @@ class RunArgs:
         choices=("domain_generalization", "domain_adaptation"),
     )
     hparams: str | None = flag(
-        None, """hyperparameters to set, a JSON object such as '{"lr": 1e-4}'""", metavar="JSON", per_job=True
+        None, f"hyperparameters to set, a JSON object such as {EXAMPLE}", metavar="JSON", per_job=True
     )
     hparams_seed: int = flag(0, "0: default hyperparameters; n > 0: the n-th random draw", per_job=True)
     trial_seed: int = flag(0, "seed of the split into training and validation images, and of the draw", per_job=True)
     seed: int = flag(0, "seed of the initial weights and of the minibatches", per_job=True)
     steps: int | None = flag(None, "number of updates (default: the data set's)", role="protocol", at_least=1)
-    checkpoint_freq: int | None = flag(
-        None, "number of steps from one evaluation to the next (default: the data set's)", group=EVALUATION, at_least=1
-    )
     test_envs: tuple[int, ...] = flag(
         (0,), "indices of the environments that are left out of training and tested on", metavar="ENV", per_job=True
-    )
-    holdout_fraction: float = flag(
-        0.2, "fraction of each environment's images that is held out for validation", role="protocol", group=EVALUATION
     )
     uda_holdout_fraction: float = flag(
         0.0,
         "fraction of the test environments' remaining images that domain_adaptation sees, without labels",
         role="protocol",
+    )
+    imports: tuple[str, ...] = flag(
+        (),
+        "Python modules of your own, with algorithms, text sides, data sets, ... to register",
+        metavar="MODULE",
+        name="import",
+    )
+    checkpoint_freq: int | None = flag(
+        None, "number of steps from one evaluation to the next (default: the data set's)", group=EVALUATION, at_least=1
+    )
+    holdout_fraction: float = flag(
+        0.2, "fraction of each environment's images that is held out for validation", role="protocol", group=EVALUATION
+    )
+    eval_images: int | None = flag(
+        None,
+        "number of images of each split to evaluate on, at most (default: all)",
+        role="protocol",
+        group=EVALUATION,
+        at_least=1,
+    )
+    eval: str = flag(
+        "full",
+        "full: evaluate all images; fast: all but those that the run trains on, which model selection does not need",
+        group=EVALUATION,
+        choices=("full", "fast"),
     )
     skip_model_save: bool = flag(False, "write no model file", group=OUTPUT)
     save_model_every_checkpoint: bool = flag(False, "write a model file at every evaluation, too", group=OUTPUT)
@@ -101,6 +122,9 @@ class RunArgs:
         "last: write the model of the last step; best: also the one with the best accuracy on validation images",
         group=OUTPUT,
         choices=("last", "best"),
+    )
+    label: str | None = flag(
+        None, "name of the run's row in tables (default: the algorithm)", group=OUTPUT, metavar="TEXT", per_job=True
     )
     device: str | None = flag(
         None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)", role="where", group=SPEED, metavar="DEVICE"
@@ -120,28 +144,8 @@ class RunArgs:
         group=SPEED,
         choices=("auto", "on", "off"),
     )
-    imports: tuple[str, ...] = flag(
-        (),
-        "Python modules of your own, with algorithms, text sides, data sets, ... to register",
-        metavar="MODULE",
-        name="import",
-    )
-    label: str | None = flag(
-        None, "name of the run's row in tables (default: the algorithm)", group=OUTPUT, metavar="TEXT", per_job=True
-    )
-    eval_images: int | None = flag(
-        None,
-        "number of images of each split to evaluate on, at most (default: all)",
-        role="protocol",
-        group=EVALUATION,
-        at_least=1,
-    )
     num_workers: int | None = flag(
-        None,
-        "threads that load images (default: up to 8 with a GPU, 0 without)",
-        role="where",
-        group=SPEED,
-        at_least=0,
+        None, "threads that load images (default: up to 8 with a GPU, 0 without)", role="where", group=SPEED, at_least=0
     )
     features: str = flag(
         "cached",
@@ -150,12 +154,6 @@ class RunArgs:
         role="where",
         group=SPEED,
         choices=("cached", "encode"),
-    )
-    eval: str = flag(
-        "full",
-        "full: evaluate all images; fast: all but those that the run trains on, which model selection does not need",
-        group=EVALUATION,
-        choices=("full", "fast"),
     )
 
     def __post_init__(self) -> None:
@@ -186,18 +184,13 @@ FLAG_NAMES = {f.name: f.metadata["name"] or f.name for f in fields(RunArgs)}
 """Name of each argument's flag, which is also its name among the arguments of a job."""
 SHARED = {f.name: f.default for f in fields(RunArgs) if not f.metadata["per_job"]}
 """Default of each argument that all runs of a sweep share; these are keys of a sweep file."""
-WHERE = tuple(f.name for f in fields(RunArgs) if f.metadata["role"] == "where")
-"""Arguments that make no other job of a run."""
 # DEVIATION: DomainBed names a job after its data_dir, too, so that moving the data orphans every finished job.
+WHERE = tuple(f.name for f in fields(RunArgs) if f.metadata["role"] == "where")
+"""Arguments that the name of a job leaves out."""
 REMOVED = {"loader": "batched"}
 """Arguments that only earlier versions wrote, and the value that all runs have now."""
 PROTOCOL = {f.name: f.default for f in fields(RunArgs) if f.metadata["role"] == "protocol"} | REMOVED
 """Default of each argument that the runs of one row of a table share."""
-
-
-def identify(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a job's arguments that its name is made of."""
-    return {name: value for name, value in args.items() if name not in WHERE}
 
 
 def find_differences(before: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -213,6 +206,18 @@ def find_differences(before: Mapping[str, Any], args: Mapping[str, Any]) -> dict
     )
     names = [name for name in there | here if name not in WHERE and there.get(name) != here.get(name)]
     return {name: (there.get(name), here.get(name)) for name in names}
+
+
+def parse_hparams(text: str | None) -> dict[str, Any]:
+    """Return the hyperparameters in `--hparams`; `UsageError` unless it is a JSON object of names and values."""
+    expected = f"--hparams: got {text!r}, expected a JSON object of names and values, such as {EXAMPLE}"
+    try:
+        hparams = json.loads(text or "{}")
+    except ValueError as error:
+        raise UsageError(f"{expected}; this is not valid JSON: {error}") from error
+    if not isinstance(hparams, dict) or any(isinstance(value, dict) for value in hparams.values()):
+        raise UsageError(expected)
+    return hparams
 
 
 def name_flags(args: Mapping[str, Any]) -> dict[str, Any]:

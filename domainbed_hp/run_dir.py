@@ -1,42 +1,58 @@
-"""The folder of a run: who works in it and how it ended, told by its files alone, to any process on any machine.
+"""The folder of a run: the names of its files, its state, and the lock of the process that works in it.
 
-`done` is written last. While a run works it holds `lock`, which the system frees when the process dies, however it
-dies, and touches `heartbeat.json`, for machines between which locks do not reach. `err.txt` says why it failed.
+A process that works in the folder holds `lock`, a lease of filelock: a file that names the process and its host, and
+that the process touches every LEASE_S / 3 seconds. A process on the same host sees at once that the holder is alive or
+dead. A process on another host watches the file: if it changes, the holder is alive; if it does not change for LEASE_S
+seconds by the clock of the watcher, the lease is taken over. No clocks of two hosts are compared. A holder that was
+suspended for so long loses its lease, so it calls `RunLock.check` before each write.
+
+`read_state` does not watch. It believes a lease of another host whose file is at most RUNNING_S seconds old. A launcher
+does not start such a job, but at the end it watches all of them together for LEASE_S seconds, and starts those whose
+lease did not change. In the end the `RunLock` of the job decides.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import os
 import socket
-import threading
+import tempfile
 import time
 import traceback
-import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-import filelock
+from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 from domainbed_hp.registry import UsageError
 
-DONE = "done"
-ERROR = "err.txt"
-LOCK = "lock"
-HEARTBEAT = "heartbeat.json"
-BEAT_S = 10.0
-DEAD_S = 60.0
-"""Silence after which a run of another machine counts as dead."""
-BLOCK = 4096
+RESULTS = "results.jsonl"  # records, one JSON object per line
+CHECKPOINT = "checkpoint.pt"  # the state that a stopped run resumes from
+MODEL = "model.safetensors"  # the model after the last step
+BEST_MODEL = "model_best.safetensors"  # the model that training-domain validation selects, with --keep best
+STEP_MODEL = "model_step{step}.safetensors"  # the model at a step, with --save_model_every_checkpoint
+OUT = "out.txt"  # a copy of the run's stdout
+ERROR = "err.txt"  # the exception that ended the run; DomainBed leaves an empty one in every folder
+DONE = "done"  # the file that is written last
+LOCK = "lock"  # the lease of the process that works in the folder
+LAUNCH_LOG = "launch.log"  # the stderr of the job's process, written by its launcher
+OLD_HEARTBEAT = "heartbeat.json"  # left by killed runs of an earlier version, and removed
+
+LEASE_S = 60.0
+"""Time without a sign of life after which the lease of another host is taken over."""
+POLL_S = 0.2
+"""Time between two looks at a lease that is watched."""
+RUNNING_S = 600.0
+"""Age of the lease's file up to which `read_state` reports a run as running; larger than errors of clocks."""
 EXIT_TAKEN = 75
-"""Exit code of `train` where there is nothing to do: BSD's EX_TEMPFAIL."""
+"""Exit code of `train` where the run is done or another process works on it: BSD's EX_TEMPFAIL."""
 
 
 class State(StrEnum):
-    """Of a run; the words that DomainBed has are DomainBed's."""
+    """The state of a run, in DomainBed's words where DomainBed has the state."""
 
     NOT_LAUNCHED = "Not launched"
     RUNNING = "Running"
@@ -45,26 +61,26 @@ class State(StrEnum):
     DONE = "Done"
 
 
-class Taken(UsageError):
-    """The run is done, or somebody works on it."""
+class RunTaken(UsageError):
+    """The run is done, or another process works on it."""
 
 
-def state(folder: Path) -> State:
-    """The state of the run in `folder`."""
+def read_state(folder: Path) -> State:
+    """Return the state of the run in `folder`, at the cost of a few calls of `stat`."""
     if (folder / DONE).exists():
         return State.DONE
     if not folder.exists():
         return State.NOT_LAUNCHED
-    if alive(folder):
+    if read_holder(folder):
         return State.RUNNING
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if (folder / ERROR).stat().st_size:  # DomainBed leaves an empty one in every folder
+    with contextlib.suppress(OSError):
+        if (folder / ERROR).stat().st_size:
             return State.FAILED
     return State.INCOMPLETE
 
 
-def failure(folder: Path) -> str:
-    """The last line of the error of a failed run."""
+def read_failure(folder: Path) -> str:
+    """Return the last line of the error of a failed run."""
     try:
         lines = (folder / ERROR).read_text(errors="replace").strip().splitlines()
     except OSError:
@@ -72,194 +88,158 @@ def failure(folder: Path) -> str:
     return lines[-1].strip() if lines else "no error was written"
 
 
-def alive(folder: Path) -> bool:
-    """Whether a process works in `folder`: on this machine by its lock, on another by its heartbeat."""
-    heartbeat = folder / HEARTBEAT
-    with contextlib.suppress(OSError):  # who may not look at the lock tells by the heartbeat, too
-        if owner_of(heartbeat).get("machine") == machine():
-            return locked(folder)
-    return not silent(heartbeat)
-
-
-def owner_of(heartbeat: Path) -> dict[str, Any]:
-    """Whom it names; nobody where it is not there or cannot be read, because it is just being written, say."""
+def read_holder(folder: Path) -> OwnerRecord | None:
+    """Return the owner of the lease on `folder`; None where there is none, or where its process seems to be dead."""
     try:
-        owner: dict[str, Any] = json.loads(heartbeat.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return owner
-
-
-def silent(heartbeat: Path) -> bool:
-    """Whether there was no sign for too long, or never one."""
-    try:
-        return time.time() - heartbeat.stat().st_mtime >= DEAD_S
+        age_s = time.time() - (folder / LOCK).stat().st_mtime
     except OSError:
-        return True
+        return None
+    owner = make_lease(folder).owner if age_s <= RUNNING_S else None
+    return owner if owner and (owner.hostname != get_host_name() or is_alive(owner.pid)) else None
 
 
-def locked(folder: Path) -> bool:
-    """Whether a process of this machine holds the lock. The look is shared, so that two that look see no third."""
+def is_local(folder: Path) -> bool:
+    """Return whether a process of this host works in `folder`."""
+    owner = read_holder(folder)
+    return owner is not None and owner.hostname == get_host_name()
+
+
+@functools.cache
+def get_host_name() -> str:
+    """Return the name of this host as filelock writes it; processes in another container have another one."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return locked_by_trying(folder)
-    with open(folder / LOCK, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # some file systems say the latter
-            return True
-        except OSError:  # there are no locks here but filelock's own kind
-            return locked_by_trying(folder)
-    return False
+        with tempfile.TemporaryDirectory() as folder, make_lease(Path(folder)) as lease:
+            owner = lease.owner
+    except OSError:
+        owner = None
+    return owner.hostname if owner else socket.gethostname()
 
 
-def locked_by_trying(folder: Path) -> bool:
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this host exists."""
+    if os.name == "nt":  # `os.kill` would signal it; the age of the lease alone decides
         return True
-    lock.release()
-    return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # others: it is another user's
+    return True
 
 
-def machine() -> str:
-    """Tells machines apart: processes of one share its locks."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return socket.gethostname()
+def make_lease(folder: Path) -> SoftFileLease:
+    """Return the lease on `folder`, not acquired. All threads of a process share it."""
+    return SoftFileLease(folder / LOCK, lease_duration=LEASE_S, thread_local=False)
 
 
-class Claim:
-    """The right to work in a folder; see `claim`."""
+def read_stamp(folder: Path) -> tuple[int, int] | None:
+    """Return the time of change and the inode of the lease's file, which a live holder changes; None without a file."""
+    try:
+        with open(folder / LOCK, "rb") as file:  # opened: network file systems cache what `stat` returns
+            status = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
+def find_abandoned(folders: Sequence[Path]) -> list[Path]:
+    """Watch the leases on `folders` together, and return the folders whose lease did not change for LEASE_S seconds."""
+    stamps = {folder: read_stamp(folder) for folder in folders}
+    end = time.monotonic() + LEASE_S
+    while stamps and time.monotonic() < end:
+        time.sleep(LEASE_S / 30)
+        stamps = {folder: stamp for folder, stamp in stamps.items() if read_stamp(folder) == stamp}
+    return list(stamps)
+
+
+class RunLock:
+    """A context manager inside of which this process alone works in the folder of a run.
+
+    It creates the folder, and removes it again if it was new and nothing was written there. It removes the `err.txt` of
+    an earlier attempt, and writes an exception to a new one: a `UsageError` as its message, others as a traceback.
+
+    Raises:
+        RunTaken: the run is done, or another process works on it. A lease of another host is watched first, for
+            LEASE_S / 3 seconds if its holder is alive and LEASE_S seconds if not.
+        UsageError: the folder cannot be written to.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.owner = folder, {"machine": machine(), "host": socket.gethostname(), "pid": os.getpid()}
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.folder = folder
+        self.lease = make_lease(folder)
+        self.created = False
+        """True if the folder is new."""
 
-    def take(self) -> None:
-        """Leave a heartbeat, a whole block, so that an error has room on a full disk. `Taken` where there is one.
-
-        Where locks do not reach, it alone decides: of several that create it, one succeeds.
-        """
-        bury(self.folder)
-        heartbeat = self.folder / HEARTBEAT
+    def __enter__(self) -> RunLock:
+        self.created = not self.folder.exists()
         try:
-            file = open(heartbeat, "x")  # noqa: SIM115
-        except FileExistsError:
-            raise taken(self.folder) from None
-        try:
-            with file:
-                file.write(json.dumps(self.owner).ljust(BLOCK))
-        except OSError:
-            heartbeat.unlink()
-            self.release()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            if (self.folder / DONE).exists():
+                hint = "choose another --output_dir or remove it"
+                raise RunTaken(f"{self.folder} already holds a run that is done: {hint}")
+            for name in (ERROR, OLD_HEARTBEAT):
+                (self.folder / name).unlink(missing_ok=True)
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError):
+                raise UsageError(f"{self.folder}: cannot be written to: {error.strerror}") from error
             raise
-        self.thread.start()
+        return self
 
-    def beat(self) -> None:
-        while not self.stopped.wait(BEAT_S):
-            with contextlib.suppress(OSError):
-                if self.mine():
-                    os.utime(self.folder / HEARTBEAT)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, RunTaken):
+                self.check()  # the folder may be another process's, and the error a consequence
+                if not self.created or {path.name for path in self.folder.iterdir()} != {LOCK}:
+                    self._write_error(f"{error}\n" if isinstance(error, UsageError) else traceback.format_exc())
+        finally:
+            self._release()
 
     def check(self) -> None:
-        """`Taken` where another machine took this run for dead, after a long sleep of this one."""
-        if not self.mine():
-            raise taken(self.folder)
+        """Raise `RunTaken` if the lease is lost: another host took it over, or its file or the folder was deleted."""
+        owner = self.lease.owner
+        if owner and owner.token != self.lease.token:
+            raise self._taken()
+        if owner is None or self.lease.compromise:
+            lost = f"{self.folder / LOCK} was removed, or could not be touched for too long"
+            raise RunTaken(f"{lost}: another process may work in the folder, so this one stops")
 
-    def mine(self) -> bool:
-        return owner_of(self.folder / HEARTBEAT) == self.owner
+    def _acquire(self) -> None:
+        lock = self.folder / LOCK
+        with contextlib.suppress(FileNotFoundError):
+            if not lock.stat().st_size:
+                # filelock never takes over an empty file, as an earlier version or a crash of the host may leave it.
+                # With a byte in it the file is malformed, and is taken over after 2 s. A process that is about to write
+                # its lease overwrites the byte.
+                with open(lock, "ab") as file:
+                    file.write(b"\n")
+        first = read_stamp(self.folder)
 
-    def fail(self, text: str) -> None:
-        """Leave `text` in err.txt, unless the run is another's now; on a full disk its end, where the heartbeat was."""
-        if not self.mine():
-            return
+        def is_holder_alive() -> bool:
+            return is_local(self.folder) or read_stamp(self.folder) not in (None, first)
+
+        try:
+            self.lease.acquire(timeout=LEASE_S + 10, poll_interval=POLL_S, cancel_check=is_holder_alive)
+        except (Timeout, LeaseSettingsMismatch):
+            raise self._taken() from None
+
+    def _release(self) -> None:
+        self.lease.release()
+        if self.created:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.folder.rmdir()
+
+    def _write_error(self, text: str) -> None:
         try:
             (self.folder / ERROR).write_text(text)
-        except OSError:
+        except OSError:  # the disk is full: the block of the lease's file has room for the end of the text
+            self.lease.release()
             with contextlib.suppress(OSError):
-                with open(self.folder / HEARTBEAT, "r+") as file:
-                    file.write(text[-BLOCK // 2 :].ljust(BLOCK))
-                os.replace(self.folder / HEARTBEAT, self.folder / ERROR)
+                (self.folder / ERROR).write_text(text[-1000:])
 
-    def release(self) -> None:
-        self.stopped.set()
-        if self.thread.is_alive():
-            self.thread.join()
-        heartbeat = self.folder / HEARTBEAT
-        if self.mine() or not heartbeat.exists():  # `fail` may have used it up
-            heartbeat.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # Windows keeps what is open
-                (self.folder / LOCK).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[Claim]:
-    """Work in `folder`, which is created, alone. `Taken` where it is done or another process works in it.
-
-    An exception is left in err.txt, and the last one is forgotten. A folder that was new stays only if something was
-    written there: whoever mistypes an argument leaves no trace.
-    """
-    created = not folder.exists()
-    lock, mine = filelock.FileLock(folder / LOCK), Claim(folder)
-    with contextlib.ExitStack() as stack:
-        if created:
-            stack.callback(remove_empty, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=1)  # whoever asks for the state holds it for an instant
-            stack.callback(lock.release)
-            mine.take()
-        except filelock.Timeout:
-            raise taken(folder) from None
-        except OSError as error:
-            raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from error
-        stack.callback(mine.release)  # whoever was refused touches nothing: the lock file is another's
-        if (folder / DONE).exists():
-            raise Taken(f"{folder} already holds a run that is done: choose another --output_dir or remove it")
-        (folder / ERROR).unlink(missing_ok=True)
-        try:
-            yield mine
-        except Exception as error:
-            if not created or {path.name for path in folder.iterdir()} - {LOCK, HEARTBEAT}:
-                mine.fail(f"{error}\n" if isinstance(error, UsageError) else traceback.format_exc())
-            raise
-
-
-def remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not empty
-        folder.rmdir()
-
-
-def bury(folder: Path) -> None:
-    """Remove the heartbeat of a dead run, by who holds this machine's lock; `Taken` where it lives.
-
-    Where locks do not reach, several may do so. Only one moves it aside, and what it moved may be the heartbeat of who
-    was faster: it is judged again and put back.
-    """
-    heartbeat = folder / HEARTBEAT
-    aside = heartbeat.with_name(f"{HEARTBEAT}.{uuid.uuid4().hex}")
-    if elsewhere(heartbeat):
-        raise taken(folder)
-    try:
-        os.rename(heartbeat, aside)
-    except FileNotFoundError:  # there was none, or another was faster
-        return
-    if elsewhere(aside):
-        os.replace(aside, heartbeat)  # whoever came in between learns it by `check`
-        raise taken(folder)
-    aside.unlink()
-
-
-def elsewhere(heartbeat: Path) -> bool:
-    """Whether it is a living one, of another machine or of nobody yet; this machine's lock is ours."""
-    return owner_of(heartbeat).get("machine") != machine() and not silent(heartbeat)
-
-
-def taken(folder: Path) -> Taken:
-    owner = owner_of(folder / HEARTBEAT)
-    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= set(owner) else "another process"
-    return Taken(f"{who} works in {folder}; it counts as dead {DEAD_S:.0f} s after its last sign")
+    def _taken(self) -> RunTaken:
+        owner = self.lease.owner
+        who = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
+        return RunTaken(f"{who} works in {self.folder}: wait until it ends, or choose another --output_dir")

@@ -10,10 +10,10 @@ from domainbed_hp import records
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.training import feature_cache
-from domainbed_hp.training.evaluation import evaluation
+from domainbed_hp.training.evaluation import evaluation_mode
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import plan
+from domainbed_hp.training.model_io import build_algorithm
+from domainbed_hp.training.setup import set_up_run
 
 CLIP = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 2}
 IMAGES = 60
@@ -28,7 +28,7 @@ def args(folder: Path, data: Path, **settings: Any) -> RunArgs:
 def go(folder: Path, data: Path, **settings: Any) -> list[dict[str, Any]]:
     """A short run; its records, without what no two runs share."""
     train(args(folder, data, **settings))
-    found = records.load_run(folder)
+    found = list(records.read_records(folder))
     for record in found:
         del record["step_time"], record["elapsed_s"], record["args"]
     return found
@@ -49,8 +49,8 @@ def folders(feature_cache: Path) -> set[str]:
 
 def computed(data: Path, **settings: Any) -> list[Any]:
     """The environments of a run as features, without training."""
-    run = plan(args(Path("not_written"), data, **settings))
-    algorithm = build(run.recipe)
-    with evaluation(algorithm), ThreadPool(0) as workers:
-        found = feature_cache.cached_features(run, algorithm, 16, workers)
+    run = set_up_run(args(Path("not_written"), data, **settings))
+    algorithm = build_algorithm(run.model_spec)
+    with evaluation_mode(algorithm), ThreadPool(0) as workers:
+        found = feature_cache.load_features(run, algorithm, 16, workers)
     return found or []

@@ -21,13 +21,16 @@ from unittest import mock
 import pytest
 from helpers import photo
 
+import domainbed_hp
 from domainbed_hp import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"])
 CHECKED = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names flags that are gone
 SCRIPTS = sorted(path.stem for path in (ROOT / "domainbed_hp" / "scripts").glob("[!_]*.py"))
-BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
+FILES = {path.stem: path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).glob("*.py"))}
+del FILES["common"]  # no program, but what benchmarks share
+PROGRAMS = [*SCRIPTS, *FILES]
 HEADPURIFICATION = "### `HeadPurification`"
 MINI_SWEEP = (
     """ --single_test_envs --n_trials 1 --n_hparams 1 --hparams '{"clip_model": "mini", "clip_pretrained": "shapes"}'"""
@@ -106,7 +109,7 @@ def load_file(path: Path) -> ModuleType:
 def program(name: str) -> ModuleType:
     if name in SCRIPTS:
         return importlib.import_module(f"domainbed_hp.scripts.{name}")
-    return load_file(ROOT / "benchmarks" / f"{name}.py")
+    return load_file(FILES[name])
 
 
 def parser_of(name: str, argv: list[str]) -> argparse.ArgumentParser:
@@ -149,7 +152,9 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
         lines = re.sub(r"\\\n", " ", span)
         lines = lines if "\n" in span and lines.count("python ") > 1 else lines.replace("\n", " ")
         for line in re.split(r"\n|&&", lines):
-            match = re.match(r" *python (?:-m domainbed_hp\.scripts\.(\w+)|benchmarks/(\w+)\.py)(.*)", line)
+            match = re.match(
+                r" *python (?:-m domainbed_hp\.scripts\.(\w+)|(?:benchmarks|examples)/(\w+)\.py)(.*)", line
+            )
             if match:
                 yield match[1] or match[2], shlex.split(match[3].split("  (")[0], comments=True)
 
@@ -159,7 +164,7 @@ def wrong_commands(text: str) -> list[str]:
     wrong = []
     for name, argv in commands(text):
         given = [word.split("=")[0] for word in argv if word.startswith("--")]
-        if name not in SCRIPTS + BENCHMARKS:
+        if name not in PROGRAMS:
             wrong.append(f"{name}: there is no such program")
             continue
         wrong += [f"{name}: no flag {flag}" for flag in given if flag not in options(name)]  # no abbreviations either
@@ -178,7 +183,7 @@ def wrong_flags(text: str) -> list[str]:
     """Flags in code spans, such as `--eval fast`, that no program has, or with a value that is none of its choices."""
     wrong = []
     for span in re.findall(r"`([^`]+)`", without_blocks(text)):
-        programs = [name for name in SCRIPTS if re.match(rf"{name}\b", span)] or SCRIPTS + BENCHMARKS
+        programs = [name for name in SCRIPTS if re.match(rf"{name}\b", span)] or PROGRAMS
         for flag, value in re.findall(r"(--\w+)(?: +([\w.]+))?", span):
             known = [options(name)[flag] for name in programs if flag in options(name)]
             if not known:
@@ -216,7 +221,7 @@ def test_a_wrong_command_is_noticed() -> None:
 
 
 def test_every_program_has_a_parser() -> None:
-    for name in SCRIPTS + BENCHMARKS:
+    for name in PROGRAMS:
         assert "--help" in options(name), name
 
 
@@ -247,6 +252,19 @@ def test_readme_and_docs_name_every_method() -> None:
 def test_ci_finds_the_command_of_the_tests() -> None:
     lines = [line for line in text_of("README.md").splitlines() if line.endswith("python -m pytest -n auto")]
     assert lines == ['pip install ".[test]" && python -m pytest -n auto']
+
+
+def test_the_citation_names_this_version() -> None:
+    assert re.search(r"^version: (.+)$", text_of("CITATION.cff"), re.MULTILINE)[1] == domainbed_hp.__version__  # type: ignore[index]
+
+
+def test_the_layout_in_design_is_that_of_the_package() -> None:
+    layout = next(
+        block for block in re.findall(r"```\n(.*?)```", text_of("docs/design.md"), re.DOTALL) if "seeds.py" in block
+    )
+    package = {name for name in re.findall(r"^  (\w+(?:\.py|/))", layout, re.MULTILINE)}
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "domainbed_hp").iterdir()}
+    assert package == there - {"__init__.py", "__pycache__/"}
 
 
 # Tables of hparams

@@ -57,7 +57,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def records_of(folder: Path) -> list[dict[str, object]]:
-    found = records.load_run(folder)
+    found = list(records.read_records(folder))
     return [{k: v for k, v in r.items() if k not in ("step_time", "elapsed_s", "args")} for r in found]
 
 
@@ -80,12 +80,12 @@ def test_a_full_disk_is_named_loses_nothing_and_the_run_goes_on_once_there_is_ro
         train(run)
     kept = records_of(small_disk / "run")
     assert kept == records_of(tmp_path / "whole")[: len(kept)]
-    assert run_dir.state(small_disk / "run") == run_dir.State.FAILED
-    assert "No space left on device" in run_dir.failure(small_disk / "run")
+    assert run_dir.read_state(small_disk / "run") == run_dir.State.FAILED
+    assert "No space left on device" in run_dir.read_failure(small_disk / "run")
     ballast.unlink()
     train(run)
     assert records_of(small_disk / "run") == records_of(tmp_path / "whole")
-    assert run_dir.state(small_disk / "run") == run_dir.State.DONE
+    assert run_dir.read_state(small_disk / "run") == run_dir.State.DONE
 
 
 def test_a_disk_without_any_room_is_told_before_anything_starts(small_disk: Path) -> None:
@@ -94,4 +94,4 @@ def test_a_disk_without_any_room_is_told_before_anything_starts(small_disk: Path
         file.write(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(UsageError, match="cannot be written to: No space left on device"):
         train(RunArgs(output_dir=str(small_disk / "run"), dataset="Debug28", algorithm="LoRA", hparams=MINI))
-    assert run_dir.state(small_disk / "run") == run_dir.State.INCOMPLETE
+    assert run_dir.read_state(small_disk / "run") == run_dir.State.INCOMPLETE

@@ -1,13 +1,13 @@
-"""Prints the commands instead of running them."""
+"""The launcher `dummy`: prints the commands and runs none."""
 
 import shlex
 
-from domainbed_hp.launchers.processes import folder_of
+from domainbed_hp.launchers.processes import get_folder
 
 
 def launch(commands: list[list[str]]) -> list[int]:
-    """Print one line a command, in a form that a shell takes back. The jobs' folders are created, as DomainBed does."""
+    """Print each command as a line for a shell, and create the folders of the jobs, as DomainBed does."""
     for command in commands:
-        folder_of(command).mkdir(parents=True, exist_ok=True)
+        get_folder(command).mkdir(parents=True, exist_ok=True)
         print(f"Dummy launcher: {shlex.join(command)}")
     return [0] * len(commands)

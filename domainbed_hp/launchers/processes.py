@@ -1,7 +1,8 @@
-"""What launchers share: a job's process, the log of its stderr, and the loop that keeps slots busy.
+"""The parts that launchers share: the process of a job, the log of its stderr, and the loop that starts all jobs.
 
-A job is an argv list that names its folder by `--output_dir`. Its exit code tells how it ended: 0 done, `EXIT_TAKEN`
-nothing to do or somebody else at it, 128 + n stopped by signal n with its state saved, -n killed by signal n.
+A job is an argv list that names the folder of its run by `--output_dir`. Its exit code is 0 if the run is done;
+`EXIT_TAKEN` if it was done before, or another process works on it; 128 + n if signal n stopped it and its state is
+saved; and -n if signal n killed it.
 """
 
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,88 +19,84 @@ from tqdm import tqdm
 from domainbed_hp import run_dir
 from domainbed_hp.files import cpu_count
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import EXIT_TAKEN, State
+from domainbed_hp.run_dir import EXIT_TAKEN, LAUNCH_LOG, State
 
-LOG = "launch.log"
 POLL_S = 0.05
+"""Time between two looks at the processes that run."""
 GRACE_S = 60.0
 """Time that jobs have to save their state when their launcher is interrupted."""
 
 
-def folder_of(command: Sequence[str]) -> Path:
-    """The job's folder, the value of `--output_dir`."""
+def get_folder(command: Sequence[str]) -> Path:
+    """Return the folder of a job's run: the value of `--output_dir`."""
     if "--output_dir" not in command[:-1]:
         raise UsageError(f"a job's command names its folder by --output_dir; got {' '.join(command)}")
     return Path(command[command.index("--output_dir") + 1])
 
 
-def taken(command: Sequence[str]) -> bool:
-    """Whether the job needs nobody any more: it is done, or somebody works on it."""
-    return run_dir.state(folder_of(command)) in (State.DONE, State.RUNNING)
-
-
-def signal_of(code: int) -> str:
-    """Name of the signal that ended a job with this exit code, by its own hand or the system's; "" for none."""
-    number = code - 128 if code > 128 else -code
-    return signal.Signals(number).name if number in signal.valid_signals() else ""
-
-
-def stopped(code: int) -> bool:
-    """Whether a job with this exit code was asked to stop; it goes on from where it was, if it had begun."""
-    return signal_of(code) in ("SIGINT", "SIGTERM", "SIGUSR1")
-
-
-def at_least_one(**options: int | None) -> None:
+def check_at_least_one(**options: int | None) -> None:
+    """Raise `UsageError` for an option of a launcher that is less than 1."""
     for name, value in options.items():
         if value is not None and value < 1:
             raise UsageError(f"{name}: got {value}, expected at least 1")
 
 
-def environment(parallel: int, **more: str) -> dict[str, str]:
-    """Of one of `parallel` jobs, which share the cores unless the user says how many threads each has."""
-    return {"OMP_NUM_THREADS": str(max(1, cpu_count() // parallel)), **os.environ, **more}
+def make_environment(parallel: int, **variables: str) -> dict[str, str]:
+    """Return the environment variables of one of `parallel` jobs; OMP_NUM_THREADS = cores // parallel unless set."""
+    return {"OMP_NUM_THREADS": str(max(1, cpu_count() // parallel)), **os.environ, **variables}
 
 
-class Unwritable(UsageError):
-    """A job's folder."""
+def get_signal_name(code: int) -> str:
+    """Return the name of the signal that stopped or killed a job with this exit code, and "" for other codes."""
+    number = code - 128 if code > 128 else -code
+    return signal.Signals(number).name if number in signal.valid_signals() else ""
 
 
-class Log:
-    """`launch.log` in a job's folder, which is created: what one launch after the other writes to stderr.
+def was_stopped(code: int) -> bool:
+    """Return whether a job with this exit code was asked to stop. Launched again, it resumes."""
+    return get_signal_name(code) in ("SIGINT", "SIGTERM", "SIGUSR1")
 
-    What `train` says before it opens its own files, an import error say, is nowhere else. It is appended to, because
-    the job may have become another launcher's in the meantime.
+
+class FolderNotWritable(UsageError):
+    """The folder of a job cannot be created or written to."""
+
+
+class LaunchLog:
+    """`launch.log` in the folder of a job, which gets the stderr of its process.
+
+    It holds errors that occur before `train` opens files of its own, such as an import error. Each launch appends.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self.path = folder_of(command) / LOG
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LAUNCH_LOG
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab+")  # noqa: SIM115
         except OSError as error:
-            raise Unwritable(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
+            raise FolderNotWritable(f"{folder}: cannot be written to: {error.strerror}") from error
         self.start = self.file.tell()
 
     def close(self, code: int) -> list[str]:
-        """What was written since it was opened; a log with nothing in it is removed."""
-        with self.file:  # by its handle: another launcher may have removed it meanwhile
+        """Return the lines that this launch wrote. `code` is the job's exit code; an empty log is removed."""
+        with self.file:  # read by its handle: another launcher may have removed the file
             self.file.seek(0)
             text = self.file.read()
-        if not text and code != EXIT_TAKEN:
+        if not text and code != EXIT_TAKEN:  # a taken job's log may be the one of another launcher
             self.path.unlink(missing_ok=True)
         return text[self.start :].decode(errors="replace").strip().splitlines()
 
 
 class Slot:
-    """Room for one job at a time, each in a process of its own."""
+    """A place for one job at a time, with the environment variables of its process."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
-        self.process: subprocess.Popen[bytes] | None = None
-        self.log: Log
+        self.log: LaunchLog
+        self.process: subprocess.Popen[bytes]
 
     def start(self, command: Sequence[str]) -> None:
-        self.log = Log(command)
+        """Start the process of a job."""
+        self.log = LaunchLog(get_folder(command))
         self.process = subprocess.Popen(
             command,
             env=self.environment,
@@ -109,70 +106,87 @@ class Slot:
             process_group=0,  # Ctrl-C reaches the launcher alone, so that a job gets one signal, not two
         )
 
-    def poll(self) -> int | None:
-        """The exit code of the job, None while it runs."""
-        assert self.process is not None
-        return self.process.poll()
+
+def choose_jobs(commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, bool]]:
+    """Yield the index of every job, and whether to start it: not a job that is done or running at that moment.
+
+    Jobs that seem to run on another host come last. They are watched together, for a minute at most, and started if
+    that host died.
+    """
+    remote: dict[Path, int] = {}
+    for index, command in enumerate(commands):
+        folder = get_folder(command)
+        state = run_dir.read_state(folder)
+        if state is State.RUNNING and not run_dir.is_local(folder):
+            remote[folder] = index
+        else:
+            yield index, state not in (State.DONE, State.RUNNING)
+    abandoned = run_dir.find_abandoned(list(remote))
+    yield from ((index, folder in abandoned) for folder, index in remote.items())
 
 
 def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[int]:
-    """Run every command in the first slot that is free; the exit codes in the order of the commands.
+    """Run every command in the first free slot, and return the exit codes in the order of the commands.
 
-    A job that is taken when its turn comes is not started. A failed one, also one whose folder cannot be written to, is
-    reported on stderr and the others go on. An interrupt stops those that run.
+    A job that `choose_jobs` leaves out has the code `EXIT_TAKEN`. A job that fails, or whose folder cannot be written
+    to, is reported on stderr, and the others are run. An interrupt stops the jobs that run.
     """
     codes = [EXIT_TAKEN] * len(commands)
-    waiting, free = deque(enumerate(commands)), deque(slots)
+    waiting, free = choose_jobs(commands), deque(slots)
     running: dict[int, Slot] = {}
     bar = tqdm(total=len(commands), unit="job", disable=None)  # None: no bar where stderr is not a terminal
     try:
-        while waiting or running:
-            while waiting and free:
-                index, command = waiting.popleft()
-                if taken(command):
-                    bar.update()
-                    continue
-                running[index] = free.popleft()
+        while True:
+            while free and (job := next(waiting, None)):
+                index, start = job
                 try:
-                    running[index].start(command)
-                except Unwritable as error:
+                    if start:
+                        free[0].start(commands[index])
+                        running[index] = free.popleft()
+                        continue
+                except FolderNotWritable as error:
                     codes[index] = 1
                     tqdm.write(str(error), file=sys.stderr)
-                    free.append(running.pop(index))
-                    bar.update()
+                bar.update()
+            if not running:
+                return codes
+            time.sleep(POLL_S)
             for index, slot in list(running.items()):
-                code = slot.poll()
+                code = slot.process.poll()
                 if code is None:
                     continue
                 codes[index] = code
-                report(commands[index], code, slot.log.close(code))
+                report_failure(commands[index], code, slot.log.close(code))
                 free.append(running.pop(index))
                 bar.update()
-            time.sleep(POLL_S if running else 0)
     finally:
         bar.close()
-        end([slot.process for slot in running.values() if slot.process])
-    return codes
+        stop_processes([slot.process for slot in running.values()])
 
 
-def report(command: Sequence[str], code: int, lines: Sequence[str]) -> None:
-    """Say on stderr how a job failed: folder, exit code, and the last line of its error or of what it wrote."""
-    folder = folder_of(command)
+def report_failure(command: Sequence[str], code: int, lines: Sequence[str]) -> None:
+    """Print to stderr how a job ended, unless it is done or taken: exit code, folder and the last line of its error.
+
+    Args:
+        code: the exit code of the job.
+        lines: what the job wrote to stderr; the last one is printed where the run left no `err.txt`.
+    """
     if code in (0, EXIT_TAKEN):
         return
-    if stopped(code):
-        how = f"stopped by {signal_of(code)}, goes on when it is launched again"
-    else:
-        how = f"killed by {signal_of(code)}" if code < 0 else f"failed with exit code {code}"
-    last = lines[-1] if lines else "it wrote nothing to stderr"
-    if run_dir.state(folder) is State.FAILED:
-        last = run_dir.failure(folder)
-    more = f" (all of it: {folder / LOG})" if len(lines) > 1 else ""
-    tqdm.write(f"{how}: {folder}" + ("" if stopped(code) else f"\n    {last}{more}"), file=sys.stderr)
+    folder = get_folder(command)
+    if was_stopped(code):
+        tqdm.write(f"stopped by {get_signal_name(code)}, goes on when it is launched again: {folder}", file=sys.stderr)
+        return
+    how = f"killed by {get_signal_name(code)}" if code < 0 else f"failed with exit code {code}"
+    reason = lines[-1] if lines else "it wrote nothing to stderr"
+    if run_dir.read_state(folder) is State.FAILED:
+        reason = run_dir.read_failure(folder)
+    more = f" (all of it: {folder / LAUNCH_LOG})" if len(lines) > 1 else ""
+    tqdm.write(f"{how}: {folder}\n    {reason}{more}", file=sys.stderr)
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask jobs to stop, wait for them, and kill those that run after `GRACE_S` or a second interrupt."""
+def stop_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to stop, and kill those that run after `GRACE_S` seconds or a second interrupt."""
     if not processes:
         return
     deadline = time.monotonic() + GRACE_S

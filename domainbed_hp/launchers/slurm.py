@@ -1,8 +1,8 @@
-"""Jobs of a Slurm cluster, as arrays, through submitit; nodes share the disk and the Python of the launcher.
+"""The launcher `slurm`: jobs are entries of Slurm job arrays, submitted by submitit.
 
-A job that runs out of time or is pre-empted saves its state, queues again and goes on. Jobs need no launcher: one that
-is gone leaves them to Slurm. The next one submits none of them twice: it waits for those of its jobs that still queue,
-and `status` tells of those that run.
+The nodes share the disk and the Python of the launcher. A job that runs out of time or is pre-empted saves its
+state, is queued again and resumes. Jobs go on if their launcher ends; the next launcher waits for those that are still
+queued or running, and submits none of them again.
 """
 
 import contextlib
@@ -19,49 +19,56 @@ from typing import Any
 
 from tqdm import tqdm
 
-from domainbed_hp import run_dir
-from domainbed_hp.launchers.processes import LOG, Slot, at_least_one, environment, folder_of, report, stopped, taken
+from domainbed_hp.launchers import processes
+from domainbed_hp.launchers.processes import Slot, get_folder, report_failure, was_stopped
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import EXIT_TAKEN, State
+from domainbed_hp.run_dir import EXIT_TAKEN, LAUNCH_LOG, State, read_state
 
-MINUTES = 240
-"""Time of a job before it queues again, unless the user says otherwise: short ones are let in sooner."""
-LEAST = 5
-TIMES = 1000
-"""A job may run out of time so often; it goes on where it was, so that is no failure."""
-ARRAY = 1000
-"""Jobs of an array; Slurm's own limit is 1001 unless it is configured."""
-IDS = "jobs.txt"
-"""Name of a job's folder and its Slurm id, a line for each that was submitted."""
+DEFAULT_MINUTES = 240
+"""Default of --slurm time. Slurm starts short jobs sooner, and a job that runs out of time is queued again."""
+MIN_MINUTES = 5
+"""Smallest --slurm time: jobs stop 90 s before the end."""
+MAX_TIMEOUTS = 1000
+"""Number of times that a job may run out of time; it resumes, so that is no failure."""
+MAX_ARRAY_SIZE = 1000
+"""Largest number of jobs in an array; Slurm's default limit is 1001."""
+IDS_FILE = "jobs.txt"
+"""File in the folder `slurm` with a line per submitted job: the name of its folder and its Slurm id."""
 GONE = "GONE"
-"""State of a job that Slurm has forgotten."""
+"""The state, in this module, of a job that Slurm does not list any more."""
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", GONE}
+"""States of jobs that do not run and are not queued."""
 POLL_S = 30.0
-"""Seconds between two questions to Slurm, at most; a sweep that began just now is asked about more often."""
+"""Longest time between two calls of squeue; in the first minutes of a launch it is shorter."""
 
 
 def launch(
     commands: list[list[str]], slurm: Mapping[str, str] | None = None, max_parallel: int | None = None
 ) -> list[int]:
-    """Submit every command, wait until all have left the queue, and return the exit codes in their order.
+    """Submit every command, wait until all jobs have ended, and return the exit codes in the order of the commands.
 
-    `slurm` holds options of sbatch by their long names: partition, time, mem, gpus_per_node, ... Logs of Slurm are in
-    the folder `slurm` beside the jobs' folders.
+    Args:
+        slurm: options of sbatch by their long names: partition, time, mem, gpus_per_node, ...
+        max_parallel: the largest number of jobs that run at a time.
+
+    Slurm's own logs are in the folder `slurm` next to the folders of the jobs.
     """
-    at_least_one(max_parallel=max_parallel)
-    options = sbatch_options(slurm or {})
+    processes.check_at_least_one(max_parallel=max_parallel)
+    options = parse_options(slurm or {})
     if not commands:
         return []
-    logs = folder_of(commands[0]).absolute().parent / "slurm"
+    logs = get_folder(commands[0]).absolute().parent / "slurm"
     codes = [EXIT_TAKEN] * len(commands)
-    queued = in_queue(logs)
-    ids = {i: queued[name] for i, name in enumerate(folder_of(c).name for c in commands) if name in queued}
-    new = [i for i, command in enumerate(commands) if i not in ids and not taken(command)]
+    queued = find_queued(logs)
+    names = [get_folder(command).name for command in commands]
+    ids = {i: queued[name] for i, name in enumerate(names) if name in queued}
+    rest = [i for i in range(len(commands)) if i not in ids]
+    new = [rest[k] for k, start in processes.choose_jobs([commands[i] for i in rest]) if start]
     ids |= dict(zip(new, submit([commands[i] for i in new], logs, options, max_parallel), strict=True))
     try:
-        for i, last_state in ended(ids, len(commands)):
-            codes[i], lines = outcome(commands[i], logs, ids[i], last_state)
-            report(commands[i], codes[i], lines)
+        for i, last_state in wait_for_jobs(ids, len(commands)):
+            codes[i], lines = read_outcome(commands[i], logs, ids[i], last_state)
+            report_failure(commands[i], codes[i], lines)
     except KeyboardInterrupt:
         arrays = " ".join(sorted({job.split("_")[0] for job in ids.values()}))
         print(f"Slurm's jobs go on; `status` tells how far they are. To end them: scancel {arrays}", file=sys.stderr)
@@ -69,110 +76,109 @@ def launch(
     return codes
 
 
-class Run:
-    """A job on its node, as submitit calls it: the command in a process of its own."""
+class NodeJob:
+    """The function that submitit calls on the node: it runs the command in a process of its own."""
 
     process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, command: list[str]) -> int:
-        slot = Slot(environment(1))
-        # Slurm signals every process of a job. This one is between it and submitit, and a signal that is blocked here
-        # stays so in the child.
+        slot = Slot(processes.make_environment(1))
+        # Slurm signals every process of a job. SIGUSR2 is for submitit in this process: a signal that is blocked while
+        # the child starts stays blocked in the child.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         slot.start(command)
         self.process = slot.process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
-        assert self.process is not None
         code = self.process.wait()
         slot.log.close(code)
-        if stopped(code):
+        if was_stopped(code):
             requeue()
-            sys.exit(code)  # without a result: the job is not over, unless somebody cancelled it
+            sys.exit(code)  # without a result, because the job is not over unless it was cancelled
         return code
 
     def checkpoint(self, command: list[str]) -> Any:
-        """What to queue again, when the job has saved its state. Submitit calls it in a signal handler."""
+        """Return the job to queue again, once its state is saved. Submitit calls it in a signal handler."""
         from submitit.helpers import DelayedSubmission
 
         if self.process is not None:
             self.process.terminate()
-            with contextlib.suppress(ChildProcessError):  # `wait` would wait for the one that was interrupted
+            with contextlib.suppress(ChildProcessError):  # not `wait`: the interrupted call holds its lock
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(Run(), command)
+        return DelayedSubmission(NodeJob(), command)
 
 
 def requeue() -> None:
-    """Queue this job again where Slurm does not end it: whoever got a signal all the same is about to be pre-empted."""
+    """Queue this job again, unless Slurm is ending it: a job that got a signal all the same is being pre-empted."""
     from submitit import JobEnvironment
 
     job = JobEnvironment().job_id
-    if states().get(job) == "RUNNING":
+    if read_states().get(job) == "RUNNING":
         subprocess.run(["scontrol", "requeue", job])
 
 
-def sbatch_options(given: Mapping[str, str]) -> dict[str, Any]:
-    """`given` as sbatch takes it; the time in minutes."""
-    options: dict[str, Any] = {name.replace("-", "_"): value for name, value in given.items()}
+def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return options as sbatch takes them, from the texts of `--slurm`; the time is in minutes."""
+    options: dict[str, Any] = {name.replace("-", "_"): text for name, text in texts.items()}
     minutes = options.pop("timeout_min", None)
-    options["time"] = minutes_of(options.get("time", minutes) or str(MINUTES))
+    options["time"] = parse_minutes(options.get("time", minutes) or str(DEFAULT_MINUTES))
     flags = {"": True, "true": True}
     return {"requeue": True} | {name: flags.get(value, value) for name, value in options.items() if value != "false"}
 
 
-def minutes_of(text: str) -> int:
-    """A time as Slurm writes it: minutes, minutes:seconds, h:m:s, days-h, days-h:m or days-h:m:s."""
+def parse_minutes(text: str) -> int:
+    """Return the minutes of a time of Slurm: minutes, minutes:seconds, h:m:s, days-h, days-h:m or days-h:m:s."""
     if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", text):
         raise UsageError(f"--slurm time={text}: expected minutes, hours:minutes:seconds or days-hours, as sbatch")
     days, _, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if not days and len(parts) < 3:  # minutes first
+    if not days and len(parts) < 3:  # the first part is minutes
         parts = [0, *parts]
     hours, minutes, seconds = (*parts, 0, 0)[:3]
     total = int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0)
-    if total < LEAST:
-        raise UsageError(f"--slurm time={text}: expected at least {LEAST} minutes: jobs stop 90 s before the end")
+    if total < MIN_MINUTES:
+        raise UsageError(f"--slurm time={text}: expected at least {MIN_MINUTES} minutes: jobs stop 90 s before the end")
     return total
 
 
 def submit(
     commands: Sequence[list[str]], logs: Path, options: Mapping[str, Any], max_parallel: int | None
 ) -> list[str]:
-    """Slurm's ids of the commands, which are queued."""
+    """Submit commands as job arrays, and return their Slurm ids."""
     if not commands:
         return []
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
-    chunks = [commands[i : i + ARRAY] for i in range(0, len(commands), ARRAY)]
+    chunks = [commands[i : i + MAX_ARRAY_SIZE] for i in range(0, len(commands), MAX_ARRAY_SIZE)]
     ids: list[str] = []
     try:
-        executor = SlurmExecutor(logs, max_num_timeout=TIMES)
+        executor = SlurmExecutor(logs, max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(
             job_name=logs.parent.name,
             time=options["time"],
-            array_parallelism=max(1, max_parallel // len(chunks)) if max_parallel else ARRAY,
+            array_parallelism=max(1, max_parallel // len(chunks)) if max_parallel else MAX_ARRAY_SIZE,
             additional_parameters={name: value for name, value in options.items() if name != "time"},
         )
         for chunk in chunks:
-            new = [job.job_id for job in executor.map_array(Run(), chunk)]
-            with open(logs / IDS, "a") as file:
-                file.writelines(f"{folder_of(c).name} {job}\n" for c, job in zip(chunk, new, strict=True))
+            new = [job.job_id for job in executor.map_array(NodeJob(), chunk)]
+            with open(logs / IDS_FILE, "a") as file:
+                file.writelines(f"{get_folder(c).name} {job}\n" for c, job in zip(chunk, new, strict=True))
             ids += new
     except (FailedJobError, RuntimeError) as error:
         raise UsageError(f"Slurm took no jobs: {error}. Options of sbatch are given as --slurm key=value") from error
     return ids
 
 
-def in_queue(logs: Path) -> dict[str, str]:
-    """Name of a job's folder -> Slurm id, of those that an earlier launcher left in the queue."""
-    now = states()
-    lines = (logs / IDS).read_text().splitlines() if (logs / IDS).exists() else []
+def find_queued(logs: Path) -> dict[str, str]:
+    """Return the jobs of earlier launchers that have not ended: name of the job's folder -> Slurm id."""
+    now = read_states()
+    lines = (logs / IDS_FILE).read_text().splitlines() if (logs / IDS_FILE).exists() else []
     ids = dict(line.split() for line in lines)
     return {name: job for name, job in ids.items() if now.get(job, GONE) not in ENDED}
 
 
-def states() -> dict[str, str]:
-    """Slurm id -> state, of the user's jobs. Asks the queue, which every cluster has; accounting is not everywhere."""
+def read_states() -> dict[str, str]:
+    """Return the states of the user's jobs by Slurm id, from squeue: not every cluster has accounting (sacct)."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -183,14 +189,14 @@ def states() -> dict[str, str]:
     return dict(line.split() for line in lines)
 
 
-def ended(ids: Mapping[int, str], total: int) -> Iterator[tuple[int, str]]:
-    """Each job when it has ended, and its last state."""
+def wait_for_jobs(ids: Mapping[int, str], total: int) -> Iterator[tuple[int, str]]:
+    """Yield the index and the last state of every job, when it has ended."""
     left, start = dict(ids), time.monotonic()
     with tqdm(total=total, initial=total - len(ids), unit="job", disable=None) as bar:
         while left:
             try:
-                now = states()
-            except UsageError as error:  # the jobs do not need us, nor we an answer at once
+                now = read_states()
+            except UsageError as error:  # the jobs go on without this process
                 tqdm.write(f"{error}; asking again", file=sys.stderr)
                 now = dict.fromkeys(left.values(), "UNKNOWN")
             for i, job in list(left.items()):
@@ -203,16 +209,16 @@ def ended(ids: Mapping[int, str], total: int) -> Iterator[tuple[int, str]]:
                 time.sleep(min(POLL_S, 1 + (time.monotonic() - start) / 10))
 
 
-def outcome(command: Sequence[str], logs: Path, job: str, last_state: str) -> tuple[int, list[str]]:
-    """Exit code of a job that has ended, and what it said. Without a result it was cancelled, or Slurm killed it."""
+def read_outcome(command: Sequence[str], logs: Path, job: str, last_state: str) -> tuple[int, list[str]]:
+    """Return the exit code of an ended job, and lines that say why. Without a result it was cancelled or killed."""
     from submitit import SlurmJob
 
     result: SlurmJob[int] = SlurmJob(logs, job)
-    log = folder_of(command) / LOG
+    log = get_folder(command) / LAUNCH_LOG
     if result.paths.result_pickle.exists():
-        with contextlib.suppress(Exception):  # what was raised on the node; its log has it
+        with contextlib.suppress(Exception):  # it was raised on the node, and is in Slurm's log
             return result.result(), log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    if run_dir.state(folder_of(command)) is State.DONE:
+    if read_state(get_folder(command)) is State.DONE:
         return 0, []
     code = 128 + signal.SIGTERM if last_state == "CANCELLED" else 1
     return code, [f"Slurm says {last_state}; its logs: {result.paths.stderr.with_suffix('.*')}"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from domainbed_hp.model_selection import IIDAccuracy, SelectionMethod
-from domainbed_hp.records import FILE_NAME
-from domainbed_hp.reports.load import CollectedRuns, Run, read_records
+from domainbed_hp.records import read_records
+from domainbed_hp.reports.load import CollectedRuns, Run
 from domainbed_hp.reports.tables import Table, check_keys
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -107,9 +106,8 @@ def draw_curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str], names: S
             mean, band, label = by_step["mean"], by_step["std"].fillna(0), escape_formula(row)
             every = max(1, len(by_step) // 8)
             axis.plot(by_step.index, mean, label=label, markersize=4, markevery=every, **styles[row])
-            axis.fill_between(
-                by_step.index, mean - band, mean + band, color=styles[row]["color"], alpha=0.15, linewidth=0
-            )
+            band_style = {"color": styles[row]["color"], "alpha": 0.15, "linewidth": 0}
+            axis.fill_between(by_step.index, mean - band, mean + band, **band_style)
         axis.set_xlabel("step")
         axis.set_title(escape_formula(title), fontsize="medium")
     figure.suptitle(escape_formula(dataset), fontsize="medium")
@@ -167,7 +165,7 @@ def draw_gates(gates: np.ndarray, title: str) -> Figure:
 def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
     """Return (step, gates (layers, heads)) of the record of `step`, or else of the last record with gates, or None."""
     gates = None
-    for record in read_records(str(Path(run.folder) / FILE_NAME), []):  # read again: the table holds numbers only
+    for record in read_records(run.folder, []):  # read again: the table holds numbers only
         if record.get("gates") and record.get("args") == run.args:
             gates = record["step"], np.array(record["gates"], dtype=float)
             if record["step"] == step:
@@ -175,29 +173,27 @@ def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
     return gates
 
 
-def draw_gates_of_runs(collected: CollectedRuns, method: type[SelectionMethod], notes: list[str]) -> dict[str, Figure]:
+def draw_chosen_gates(collected: CollectedRuns, method: type[SelectionMethod], notes: list[str]) -> dict[str, Figure]:
     """Draw the gates of the run and step that a selection method chooses for each row, data set and test environment.
 
     The first trial stands for the others. A note names the runs that have gates, but none in their records.
     """
     figures, without = {}, []
     chosen = method.select(collected.frame).drop_duplicates(["row", "dataset", "test_env"])
-    for index, step in zip(chosen["run"], chosen["step"], strict=True):
+    for index, chosen_step in zip(chosen["run"], chosen["step"], strict=True):
         run = collected.runs[index]
         if run.hparams.get("gates", "none") == "none":
             continue
-        if (at_step := read_gates(run, step)) is None:
+        if step_and_gates := read_gates(run, chosen_step):
+            step, gates = step_and_gates
+            dataset, envs = run.args["dataset"], "-".join(map(str, run.args["test_envs"]))
+            title = f"{run.row} on {dataset}, test environment {envs}, trial {run.args['trial_seed']}, step {step}"
+            figures[f"{make_slug(dataset)}-gates-{make_slug(run.row)}-env{envs}"] = draw_gates(gates, title)
+        else:
             without.append(run.folder)
-            continue
-        envs = "-".join(map(str, run.args["test_envs"]))
-        place = f"{run.row} on {run.args['dataset']}, test environment {envs}"
-        name = f"{make_slug(run.args['dataset'])}-gates-{make_slug(run.row)}-env{envs}"
-        figures[name] = draw_gates(at_step[1], f"{place}, trial {run.args['trial_seed']}, step {at_step[0]}")
     if without:
-        notes.append(
-            f"no figure of the gates of {len(without)} runs, because they were made before records held gates: "
-            f"{', '.join(without)}"
-        )
+        folders = ", ".join(without)
+        notes.append(f"gates are not drawn for runs whose records hold none (made by an earlier version): {folders}")
     return figures
 
 
@@ -222,7 +218,7 @@ def draw_figures(
         figures[f"{name}-curves"] = draw_curves(collected.frame, table.dataset, rows, curves)
         figures[f"{name}-selection"] = draw_selection(collected.frame, table.dataset, rows)
     if tables:
-        figures |= draw_gates_of_runs(collected, tables[0].method, [] if notes is None else notes)
+        figures |= draw_chosen_gates(collected, tables[0].method, [] if notes is None else notes)
     return figures
 
 

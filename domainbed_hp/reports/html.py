@@ -64,7 +64,7 @@ def find_failed_jobs(collected: CollectedRuns) -> Iterator[tuple[str, str]]:
     """Yield (job, last line of its error)."""
     for plan in collected.planned:
         if not plan.done and plan.job.state is State.FAILED:
-            yield plan.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.failure(plan.job.folder)
+            yield plan.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.read_failure(plan.job.folder)
 
 
 def encode_png(figure: Figure) -> str:

@@ -6,7 +6,6 @@ Records are read one by one and only their numbers stay in memory: a sweep of a 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 from array import array
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pandas as pd
 
-from domainbed_hp.records import FILE_NAME, Record
+from domainbed_hp.records import read_records
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.rows import assign_rows
-from domainbed_hp.run_dir import DONE
+from domainbed_hp.run_dir import DONE, RESULTS
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_sweep
 
 REQUIRED_ARGS = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
@@ -42,7 +40,7 @@ class Run:
     """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
     image_size: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
-    """Unusual conditions that the algorithm declares, e.g. {"transductive": True}."""
+    """Conditions under which the run was trained and scored, e.g. {"weights": ..., "transductive": True}."""
     row: str = ""
     """The row of the tables that the run belongs to."""
 
@@ -105,7 +103,7 @@ def load_runs(input_dir: str | Path) -> CollectedRuns:
             gc.enable()
 
 
-def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[str, Record]]:
+def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (folder, record) for every record under a folder; add its sweeps, planned jobs and notes to `collected`."""
     for folder, files in walk_folders(input_dir):
         if SWEEP_FILE in files:
@@ -114,8 +112,8 @@ def read_folders(input_dir: Path, collected: CollectedRuns) -> Iterator[tuple[st
                 check_args(job.args, f"a job of {os.path.join(folder, SWEEP_FILE)}")
             collected.sweeps.append(sweep)
             collected.planned.extend(PlannedJob(job, (job.folder / DONE).exists()) for job in jobs)
-        if FILE_NAME in files:
-            for record in read_records(os.path.join(folder, FILE_NAME), collected.notes):
+        if RESULTS in files:
+            for record in read_records(folder, collected.notes):
                 yield folder, record
 
 
@@ -137,36 +135,9 @@ def walk_folders(input_dir: Path) -> Iterator[tuple[str, set[str]]]:
         yield folder, set(files)
 
 
-def read_records(path: str, notes: list[str]) -> Iterator[Record]:
-    """Yield the records of a results.jsonl; add a note for torn lines, an empty file, and NaN."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if not any(map(bytes.strip, lines)):
-        notes.append(f"{path} is empty")
-    nan = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = orjson.loads(line)
-        except ValueError:  # torn, or with NaN, which JSON does not have but DomainBed writes
-            try:
-                record = json.loads(line)
-                nan += 1
-            except ValueError:
-                record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            notes.append(f"{path}: line {number} is not a whole record (torn?) and is left out")
-    if nan:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN loses to any other")
-
-
-def collect_records(records: Iterable[tuple[str, Record]], collected: CollectedRuns | None = None) -> CollectedRuns:
+def collect_records(
+    records: Iterable[tuple[str, dict[str, Any]]], collected: CollectedRuns | None = None
+) -> CollectedRuns:
     """Put (folder, record) pairs into one table; consecutive records of one folder with equal arguments are one run.
 
     `collected` holds the sweeps and notes that go with the records; the runs and the table are added to it.
@@ -191,7 +162,7 @@ def collect_records(records: Iterable[tuple[str, Record]], collected: CollectedR
         store = stores.get(keys)
         if new_run or store is not last_store or store is None:
             accs = [f"env{i}_{split}_acc" for i in runs[-1].args["test_envs"] for split in ("in", "out")]
-            check_keys(record, ["step", *accs], f"a record of {folder}")
+            require_keys(record, ["step", *accs], f"a record of {folder}")
         if store is None:
             store = stores[keys] = NumberStore(record)
         store.add(record, len(run_of_record))
@@ -200,15 +171,15 @@ def collect_records(records: Iterable[tuple[str, Record]], collected: CollectedR
     collected.frame = pd.DataFrame({"run": np.array(run_of_record, dtype=int), **columns})
     for name in REQUIRED_ARGS:
         values = [tuple(run.args[name]) if name == "test_envs" else run.args[name] for run in runs]
-        column = spread(values, collected.frame["run"])
+        column = spread_over_records(values, collected.frame["run"])
         collected.frame[name] = column.astype(int) if name.endswith("_seed") else column
     assign_rows(collected)
-    collected.frame["row"] = spread([run.row for run in runs], collected.frame["run"])
+    collected.frame["row"] = spread_over_records([run.row for run in runs], collected.frame["run"])
     collected.notes += describe_repeated_runs(collected)
     return collected
 
 
-def spread(values: list[Any], run_of_record: pd.Series) -> pd.Series:
+def spread_over_records(values: list[Any], run_of_record: pd.Series) -> pd.Series:
     """Return a column that holds, for every record, the value of its run."""
     by_run = np.empty(len(values), dtype=object)
     by_run[:] = values
@@ -217,10 +188,10 @@ def spread(values: list[Any], run_of_record: pd.Series) -> pd.Series:
 
 def check_args(args: Collection[str], source: str) -> None:
     """Raise `UsageError` where arguments lack one of `REQUIRED_ARGS`; `source` says where they were read."""
-    check_keys([f"args.{name}" for name in args], [f"args.{name}" for name in REQUIRED_ARGS], source)
+    require_keys([f"args.{name}" for name in args], [f"args.{name}" for name in REQUIRED_ARGS], source)
 
 
-def check_keys(keys: Collection[str], required: Iterable[str], source: str) -> None:
+def require_keys(keys: Collection[str], required: Iterable[str], source: str) -> None:
     """Raise `UsageError` where one of the required keys is absent; `source` says where the keys were read."""
     if missing := [key for key in required if key not in keys]:
         raise UsageError(
@@ -232,36 +203,32 @@ def check_keys(keys: Collection[str], required: Iterable[str], source: str) -> N
 
 def describe_repeated_runs(collected: CollectedRuns) -> list[str]:
     """Return a note for every run whose records would count more than once; leave-one-out leaves such steps out."""
-    runs_at: dict[tuple[Any, ...], list[int]] = {}
-    for i, run in enumerate(collected.runs):
-        seeds = run.args["trial_seed"], run.args["hparams_seed"]
-        place = run.row, run.args["dataset"], *seeds, tuple(sorted(run.args["test_envs"]))
-        runs_at.setdefault(place, []).append(i)
-    repeated = collected.frame.duplicated(["run", "step"]) if collected.runs else pd.Series(dtype=bool)
-    runs_with_repeats = set(collected.frame.loc[repeated, "run"]) if repeated.any() else set()
+    ids: dict[tuple[Any, ...], int] = {}
+    id_of_run = []
+    for run in collected.runs:
+        seeds, envs = (run.args["trial_seed"], run.args["hparams_seed"]), tuple(sorted(run.args["test_envs"]))
+        id_of_run.append(ids.setdefault((run.row, run.args["dataset"], seeds, envs), len(ids)))
+    places = pd.DataFrame(
+        {"id": np.array(id_of_run, dtype=int)[collected.frame["run"]], "step": collected.frame["step"]}
+    )
     notes = []
-    for runs in runs_at.values():
-        if len(runs) > 1 or runs[0] in runs_with_repeats:
-            records = collected.frame[collected.frame["run"].isin(runs)]
-            folders = dict.fromkeys(collected.runs[i].folder for i in runs)
-            if records.duplicated("step").any():
-                notes.append(
-                    f"records of one run are there more than once, and all of them count: {' and '.join(folders)}; "
-                    "remove the copies"
-                )
+    for repeated in sorted(places["id"][places.duplicated()].unique()):
+        folders = dict.fromkeys(run.folder for run, i in zip(collected.runs, id_of_run, strict=True) if i == repeated)
+        copies = " and ".join(folders)
+        notes.append(f"records of one run are there more than once, and all of them count: {copies}; remove the copies")
     return notes
 
 
 class NumberStore:
     """The numbers of all records that have the same keys, 8 bytes each."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: dict[str, Any]) -> None:
         self.names = [name for name, value in record.items() if value is None or type(value) in (float, int)]
         self.get_values = itemgetter(*self.names)
         self.num_envs = next(i for i in count() if f"env{i}_out_acc" not in record)
         self.numbers, self.positions = array("d"), array("q")
 
-    def add(self, record: Record, position: int) -> None:
+    def add(self, record: dict[str, Any], position: int) -> None:
         """Store the numbers of a record; `position` is its line of the table."""
         values = list(self.get_values(record))
         try:

@@ -32,7 +32,7 @@ class Report:
 
     def group_by_method(self) -> Iterator[tuple[type[SelectionMethod], list[Table]]]:
         """Yield (selection method, its tables)."""
-        for _, group in groupby(self.tables, key=lambda table: table.method.name):
+        for _, group in groupby(self.tables, key=lambda table: table.method.key):
             members = list(group)
             yield members[0].method, members
 
@@ -87,8 +87,7 @@ CONDITIONS = {
     "transductive": "predicts from all images of a test batch (transductive)",
     "source_free": "never trained on images (source-free)",
 }
-"""Key of a run's protocol -> the condition in words; the usual one is to train on the sources and to predict image by
-image."""
+"""Key of a run's protocol -> an unusual condition in words."""
 
 
 def describe_conditions(collected: CollectedRuns) -> list[str]:

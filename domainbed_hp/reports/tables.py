@@ -50,11 +50,13 @@ class Statistic:
 
     def format(self) -> list[str]:
         """Return the numbers as text, empty for None."""
-        if not self.unit:
-            return ["" if value is None else f"{value:.4g}" for value in self.values]
-        return [
-            "" if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 1}f}" for value in self.values
-        ]
+
+        def format_number(value: float) -> str:
+            if self.unit:
+                return f"{value:,.{0 if value >= 100 or value % 1 == 0 else 1}f}"
+            return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+        return ["" if value is None else format_number(value) for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,9 @@ COSTS = {
 """Name on the command line -> header, unit, key of the records, function over the records of a row, factor."""
 
 
-def list_keys(frame: pd.DataFrame) -> list[str]:
-    """Return the keys of the records that hold numbers."""
-    return [name for name in frame.columns if name not in ("run", "row", "num_envs", *REQUIRED_ARGS)]
-
-
 def check_keys(frame: pd.DataFrame, keys: Sequence[str], more: Sequence[str] = ()) -> None:
-    """Raise `UsageError` for a name that is neither a number of the records nor in `more`."""
-    known = [*more, *list_keys(frame)]
+    """Raise `UsageError` for a key that is neither a number of the records nor in `more`."""
+    known = [*more, *(name for name in frame.columns if name not in ("run", "row", "num_envs", *REQUIRED_ARGS))]
     for key in keys:
         if key not in known:
             raise registry.unknown_name("number of the records", key, known)
@@ -202,10 +199,9 @@ def build_tables(
     missing: Sequence[MissingJob] = (),
     statistics: Sequence[str] = (),
 ) -> list[Table]:
-    """Return one table per data set, then the table of averages.
+    """Return one table per data set, its cells over trials, then the table of averages.
 
-    A cell is over trials. For the averages, a trial is first averaged over those of its environments that have a
-    result.
+    For the averages, a trial is first averaged over those of its environments that have a result.
     """
     frame = collected.frame
     rows, environments = order_rows(frame, collected.planned_labels), list_environments(frame)

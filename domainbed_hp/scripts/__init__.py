@@ -1,4 +1,4 @@
-"""Command line: argparse in, exit code out."""
+"""Command lines: a module for each command, with `main(argv) -> exit code`."""
 
 import contextlib
 import gc
@@ -6,16 +6,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import EXIT_TAKEN, Taken
+from domainbed_hp.run_dir import EXIT_TAKEN, RunTaken
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main`; bad input becomes one message on stderr and exit code 2, a run that is taken `EXIT_TAKEN`."""
+    """Return the exit code of `main`; a `UsageError` becomes one line on stderr and 2, a `RunTaken` `EXIT_TAKEN`."""
     try:
         return main(argv)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_TAKEN if isinstance(error, Taken) else 2
+        return EXIT_TAKEN if isinstance(error, RunTaken) else 2
 
 
 @contextlib.contextmanager

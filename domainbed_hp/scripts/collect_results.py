@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from domainbed_hp.plugins import import_plugins
 from domainbed_hp.registry import UsageError
@@ -45,52 +45,30 @@ def make_parser() -> argparse.ArgumentParser:
     add_input_flags(p)
     formats = p.add_mutually_exclusive_group()
     for name, (file, _, text) in FORMATS.items():
-        formats.add_argument(
-            f"--{name}",
-            dest="format",
-            action="store_const",
-            const=name,
-            default="text",
-            help=f"{text}; written to {file}, too",
-        )
-    p.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with tables, figures and missing jobs to FILE, too"
+        options: dict[str, Any] = {"dest": "format", "default": "text", "help": f"{text}; also written to {file}"}
+        formats.add_argument(f"--{name}", action="store_const", const=name, **options)
+    add = p.add_argument
+    add("--html", type=Path, metavar="FILE", help="write an HTML page with tables, figures and missing jobs to FILE")
+    text = (
+        "add columns: params (number of trained parameters), step_time (median), memory (largest, on a GPU), or any "
+        "number of the records by its key, e.g. val_mmd: its mean over the chosen checkpoints of a row"
     )
-    p.add_argument(
-        "--columns",
-        nargs="+",
-        metavar="NAME",
-        default=[],
-        help="add columns to the tables: params (trained parameters), step_time (median), memory (largest, on a GPU), "
-        "or any number of the records by its key, e.g. val_mmd: its mean over the chosen checkpoints of a row",
-    )
-    p.add_argument("--with_published", action="store_true", help="add tables of numbers that papers report")
-    p.add_argument(
-        "--compare",
-        nargs=2,
-        metavar="ROW",
-        help="print the first row minus the second, paired by trial and environment, instead of the tables",
-    )
-    p.add_argument(
-        "--missing", type=Path, metavar="FILE", help="write the missing jobs to FILE, for `sweep launch --jobs FILE`"
-    )
-    p.add_argument("--strict", action="store_true", help="fail if a job is missing or there is a note on the records")
+    add("--columns", nargs="+", metavar="NAME", default=[], help=text)
+    add("--with_published", action="store_true", help="add tables of numbers that papers report")
+    text = "print the first row minus the second, paired by trial and environment, instead of the tables"
+    add("--compare", nargs=2, metavar="ROW", help=text)
+    add("--missing", type=Path, metavar="FILE", help="write the missing jobs to FILE, for `sweep launch --jobs FILE`")
+    add("--strict", action="store_true", help="fail if a job is missing or there is a note on the records")
     return p
 
 
 def add_input_flags(p: argparse.ArgumentParser, required: bool = False) -> None:
     """Add the flags of every script that reads a folder of runs: --input_dir and --import."""
     default = None if required else Path("results/quickstart")
-    help_text = "folder of runs, searched at any depth" + ("" if required else " (default: %(default)s)")
-    p.add_argument("--input_dir", type=Path, required=required, default=default, help=help_text)
-    p.add_argument(
-        "--import",
-        dest="imports",
-        nargs="+",
-        metavar="MODULE",
-        default=[],
-        help="modules of your own that define data sets, algorithms or selection rules",
-    )
+    text = "folder of runs, searched at any depth" + ("" if required else " (default: %(default)s)")
+    p.add_argument("--input_dir", type=Path, required=required, default=default, metavar="DIR", help=text)
+    text = "modules of your own that define data sets, algorithms or selection rules"
+    p.add_argument("--import", dest="imports", nargs="+", metavar="MODULE", default=[], help=text)
 
 
 def load_input(args: argparse.Namespace) -> CollectedRuns:
@@ -132,8 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         file, make_text, _ = FORMATS[args.format]
         text = make_text(report)
         print(text, end="")
-        write_copy(args.input_dir / file, text)
-        write_copy(args.input_dir / PROVENANCE, json.dumps(report.provenance, indent=1) + "\n")
+        copies = {file: text, PROVENANCE: json.dumps(report.provenance, indent=1) + "\n"}
+        for name, content in copies.items():
+            try:
+                write_file(args.input_dir / name, content)
+            except UsageError as error:  # A folder of runs that cannot be written to can still be read.
+                print_notes([str(error)])
     if args.html:
         write_file(args.html, make_page(report, collected, str(args.input_dir), comparisons))
         print(f"page: {args.html}", file=sys.stderr)
@@ -172,19 +154,11 @@ def make_page(report: Report, collected: CollectedRuns, title: str, comparisons:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file that the user asked for; `UsageError` if that is impossible."""
+    """Write a file; `UsageError` if that is impossible."""
     try:
         path.write_text(text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def write_copy(path: Path, text: str) -> None:
-    """Write a copy of the output into the folder of runs, or print a note if that is impossible."""
-    try:
-        path.write_text(text)
-    except OSError as error:
-        print(f"note: {path} is not written: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

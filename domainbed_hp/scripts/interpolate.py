@@ -1,6 +1,7 @@
-"""WiSE-FT of a finished run: scores (1 - alpha) untrained + alpha trained weights, without training again.
+"""Interpolate between the initial and the trained weights of a finished run, as WiSE-FT, and evaluate the results.
 
-Prints a table; with --output_dir it writes a run for every alpha, with average=wise, that collect_results reads.
+The weights are (1 - alpha) * initial + alpha * trained; nothing is trained again. The command prints a table of
+accuracies. With --output_dir it also writes a run for each alpha, with average=wise, that collect_results reads.
 """
 
 from __future__ import annotations
@@ -9,39 +10,38 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from domainbed_hp import records
-from domainbed_hp.records import Record
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import DONE, claim
+from domainbed_hp.run_args import RunArgs
+from domainbed_hp.run_dir import DONE, RunLock
 from domainbed_hp.scripts import run
 
-KEPT = ("step", "epoch", "image_size", "trainable_params", "protocol")
-"""What a record shares with the last one of the run."""
+SHARED = ("step", "epoch", "image_size", "trainable_params", "protocol")
+"""Keys of a record that are copied from the last record of the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.interpolate", description=__doc__)
-    p.add_argument("run_dir", type=Path, help="folder of a finished run")
-    p.add_argument("--alphas", type=float, nargs="+", default=[i / 10 for i in range(11)], help="0 is untrained")
-    p.add_argument("--output_dir", type=Path, help="gets a run folder for every alpha; not the folder of a sweep")
-    p.add_argument("--data_dir", help="default: the run's")
-    p.add_argument("--device", help="default: the run's")
+    p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a finished run")
+    alphas = [i / 10 for i in range(11)]
+    p.add_argument("--alphas", type=float, nargs="+", metavar="X", default=alphas, help="default: 0, 0.1, ..., 1")
+    p.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for the runs, not that of a sweep")
+    p.add_argument("--data_dir", metavar="DIR", help="folder that holds the data sets' folders (default: the run's)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the run's)")
     args = p.parse_args(argv)
-    found = records.load_run(args.run_dir)
-    if not found:
+    last = records.last_record(args.run_dir)
+    if last is None:
         raise UsageError(f"{args.run_dir}: no records there, expected the folder of a finished run")
-    last = found[-1]
-    given = last["args"] | {name: value for name in ("data_dir", "device") if (value := getattr(args, name))}
-    rows = score_alphas(args.run_dir, given, last, args.alphas)
+    where = {name: value for name in ("data_dir", "device") if (value := getattr(args, name))}
+    rows = evaluate_alphas(args.run_dir, RunArgs.of(last["args"] | where), args.alphas)
     if args.output_dir:
         for alpha, row in rows.items():
-            write(row, last, args.output_dir / f"{args.run_dir.resolve().name}-alpha-{alpha!r}", alpha)
+            write_run(row, last, args.output_dir / f"{args.run_dir.resolve().name}-alpha-{alpha!r}", alpha)
     accs = [name for name in last if name.endswith("_acc")]
     table = [[f"{alpha:g}", *(100 * row[name] for name in accs)] for alpha, row in rows.items()]
     headers = ["alpha", *(name.removesuffix("_acc") for name in accs)]
@@ -49,60 +49,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score_alphas(run_dir: Path, given: Record, last: Record, alphas: Sequence[float]) -> dict[float, Record]:
-    """What is measured at every alpha; buffers are those of the trained model at each."""
+def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> dict[float, dict[str, Any]]:
+    """Return the accuracies and the loss at each alpha, as a record has them. All have the trained model's buffers."""
     import torch
 
     from domainbed_hp.datasets.loading.loader import make_eval_loaders
     from domainbed_hp.datasets.loading.prefetch import ThreadPool
-    from domainbed_hp.plugins import import_plugin
-    from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation, score, scored
-    from domainbed_hp.training.loop import untrained
-    from domainbed_hp.training.model_io import load_model
-    from domainbed_hp.training.run_log import versions
-    from domainbed_hp.training.setup import RunArgs, plan
-    from domainbed_hp.training.weight_averaging import WiSE, holding
+    from domainbed_hp.plugins import import_plugins
+    from domainbed_hp.training.evaluation import EVAL_BATCH, evaluation_mode, make_score_columns, score_split
+    from domainbed_hp.training.model_io import build_algorithm, load_model
+    from domainbed_hp.training.run_log import find_versions
+    from domainbed_hp.training.setup import set_up_run
+    from domainbed_hp.training.weight_averaging import WiSE, swap_weights
 
-    if unknown := sorted(given.keys() ^ {field.name for field in fields(RunArgs)}):
-        raise UsageError(f"{run_dir}: not a run of this version of domainbed_hp; its args differ in {unknown[:3]}")
-    for module in given["imports"]:
-        import_plugin(module)
-    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    of = plan(RunArgs(**settings))
-    if last["hparams"]["average"] != "none":
-        raise UsageError(f"{run_dir}: the model is average={last['hparams']['average']} already; train with none")
+    import_plugins(args.imports)
+    trained, spec = load_model(run_dir)
+    if spec.hparams["average"] != "none":
+        raise UsageError(f"{run_dir}: the model is average={spec.hparams['average']} already; train with none")
     for alpha in alphas:
         WiSE.HPARAMS["wise_alpha"].check("wise_alpha", alpha)
-    trained, recipe = load_model(run_dir)
-    algorithm = untrained(recipe, of.args.seed).to(of.device)
-    wise = WiSE([p for p in algorithm.parameters() if p.requires_grad], of.hparams, of.steps)
+    setup = set_up_run(args)
+    algorithm = build_algorithm(spec, args.seed).to(setup.device)
+    wise = WiSE([p for p in algorithm.parameters() if p.requires_grad], setup.hparams, setup.steps)
     if not wise.parameters:
-        raise UsageError(f"{run_dir}: {recipe.algorithm} trained nothing, so there is nothing to interpolate")
+        raise UsageError(f"{run_dir}: {spec.algorithm} trained nothing, so there is nothing to interpolate")
     algorithm.load_state_dict(trained.trained_state(), strict=False)
-    cast = torch.autocast(of.device.type, torch.bfloat16, enabled=of.args.precision == "bf16")
-    environments, limit = of.dataset.environments, of.args.eval_images
+    cast = torch.autocast(setup.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    environments, limit = setup.dataset.environments, args.eval_images
     rows = {}
-    with ThreadPool(of.num_workers) as workers:
-        batch_size = EVAL_BATCH["cuda" if of.on_gpu else "cpu"]
-        loaders = make_eval_loaders(environments, of.scored, batch_size, workers, max_images=limit, pin=of.on_gpu)
+    with ThreadPool(setup.num_workers) as workers:
+        batch_size = EVAL_BATCH["cuda" if setup.on_gpu else "cpu"]
+        loaders = make_eval_loaders(
+            environments, setup.scored_splits, batch_size, workers, max_images=limit, pin=setup.on_gpu
+        )
         for alpha in alphas:
-            with holding(wise.parameters, wise.between(alpha)), evaluation(algorithm), cast:
-                scores = {name: score(algorithm, each, of.device, of.preprocess) for name, each in loaders.items()}
-            rows[alpha] = scored(scores, of.train_envs) | {"versions": versions(of.device)}
+            with swap_weights(wise.parameters, wise.interpolate(alpha)), evaluation_mode(algorithm), cast:
+                scores = {
+                    name: score_split(algorithm, loader, setup.device, setup.preprocess)
+                    for name, loader in loaders.items()
+                }
+            rows[alpha] = make_score_columns(scores, setup.train_envs) | {"versions": find_versions(setup.device)}
     return rows
 
 
-def write(row: Record, last: Record, folder: Path, alpha: float) -> None:
-    """The record that a run with average=wise would end with; in a row of its own, whatever the run's was called."""
+def write_run(row: dict[str, Any], last: dict[str, Any], folder: Path, alpha: float) -> None:
+    """Write the run that training with average=wise would have made; its label is its own, so that its row is, too."""
     wise: dict[str, Any] = {"average": "wise", "wise_alpha": alpha}
     args = last["args"]
     label = f"{args['label'] or args['algorithm']}, alpha {alpha:g}"
     overrides = json.dumps(json.loads(args["hparams"] or "{}") | wise)
     args = args | {"hparams": overrides, "output_dir": str(folder), "label": label}
-    with claim(folder):
-        records.truncate(folder, -1)
-        kept = {name: last[name] for name in KEPT if name in last}
-        records.append(folder, kept | row | {"args": args, "hparams": last["hparams"] | wise})
+    with RunLock(folder):
+        records.truncate_records(folder, -1)
+        shared = {name: last[name] for name in SHARED if name in last}
+        records.append_record(folder, shared | row | {"args": args, "hparams": last["hparams"] | wise})
         (folder / DONE).write_text("done")
 
 

@@ -18,10 +18,10 @@ from domainbed_hp.scripts.collect_results import add_input_flags, load_input
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.list_top_hparams", description=__doc__)
     add_input_flags(p, required=True)
-    p.add_argument("--dataset", required=True, help="a data set of the tables")
+    p.add_argument("--dataset", required=True, metavar="NAME", help="a data set of the tables")
     p.add_argument("--algorithm", required=True, metavar="ROW", help="a row of the tables: an algorithm, or a label")
-    p.add_argument("--test_env", type=int, required=True, help="index of the test environment")
-    p.add_argument("--top", type=int, help="list at most so many runs of each trial (default: all)")
+    p.add_argument("--test_env", type=int, required=True, metavar="ENV", help="index of the test environment")
+    p.add_argument("--top", type=int, metavar="N", help="list at most N runs of each trial (default: all)")
     args = p.parse_args(argv)
     if args.top is not None and args.top < 1:
         raise UsageError(f"--top: got {args.top}, expected at least 1")

@@ -14,20 +14,12 @@ from domainbed_hp.scripts.collect_results import add_input_flags, load_input, pr
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.plot", description=__doc__)
     add_input_flags(p)
-    p.add_argument("--output_dir", type=Path, help="folder of the figures (default: figures/ in --input_dir)")
-    p.add_argument(
-        "--selection",
-        metavar="RULE",
-        default="iid",
-        help=f"selection rule for accuracies and gates: {', '.join(SELECTION_RULES)} (default: %(default)s)",
-    )
-    p.add_argument(
-        "--curves",
-        nargs="+",
-        metavar="NAME",
-        default=[],
-        help="draw these numbers of the records by step, e.g. val_mmd, instead of the training loss",
-    )
+    add = p.add_argument
+    add("--output_dir", type=Path, metavar="DIR", help="folder of the figures (default: figures/ in --input_dir)")
+    text = f"selection rule for accuracies and gates: {', '.join(SELECTION_RULES)} (default: %(default)s)"
+    add("--selection", metavar="RULE", default="iid", help=text)
+    text = "draw these numbers of the records by step, e.g. val_mmd, instead of the training loss"
+    add("--curves", nargs="+", metavar="NAME", default=[], help=text)
     args = p.parse_args(argv)
     from domainbed_hp.reports.figures import draw_figures  # after argparse: matplotlib takes a second to import
 
@@ -37,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes: list[str] = []
     figures = draw_figures(collected, tables, args.curves, notes)
     if not figures:
-        raise UsageError(
-            f"nothing to draw: under --selection {args.selection} no cell of {args.input_dir} has a result"
-        )
+        raise UsageError(f"nothing to draw: no cell of {args.input_dir} has a result by --selection {args.selection}")
     output_dir = args.output_dir or args.input_dir / "figures"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

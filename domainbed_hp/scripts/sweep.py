@@ -7,13 +7,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from domainbed_hp.plugins import import_plugins
 from domainbed_hp.registry import LAUNCHERS, UsageError
 from domainbed_hp.run_args import add_flags
-from domainbed_hp.run_dir import EXIT_TAKEN, State, Taken
+from domainbed_hp.run_dir import EXIT_TAKEN, RunTaken, State
 from domainbed_hp.scripts import run
 from domainbed_hp.sweep.config import read_jobs, spec_from
 from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_jobs, load_sweep, register_launcher
@@ -43,59 +44,36 @@ def make_parser() -> argparse.ArgumentParser:
         " ".join(COMMAND), description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("command", choices=["launch", "status", "delete_incomplete"])
-    table = p.add_argument_group("which runs")
-    table.add_argument("--config", metavar="FILE", help="sweep file; other flags override its settings")
-    table.add_argument(
-        "--jobs", metavar="FILE", help="launch: the jobs in a file that `collect_results --missing FILE` wrote"
+    add = p.add_argument_group("which runs").add_argument
+    add("--config", metavar="FILE", help="sweep file; other flags override its settings")
+    add("--jobs", metavar="FILE", help="launch: the jobs in a file that `collect_results --missing FILE` wrote")
+    add("--output_dir", metavar="DIR", help="folder of the sweep")
+    add("--datasets", nargs="+", metavar="NAME", help="data sets, or folder:PATH (default: all but the Debug ones)")
+    rows = "algorithms to run with default hyperparameters (default: all); with --config: only the file's rows of these"
+    add("--algorithms", nargs="+", metavar="NAME", help=rows)
+    add("--hparams", metavar="JSON", help="hyperparameters for all algorithms that have them; they override the file's")
+    add("--n_hparams_from", type=int, metavar="N", help="first hparams_seed (default: 0)")
+    add("--n_hparams", type=int, metavar="N", help="hparams_seeds are below this number (default: 20)")
+    add("--n_trials", type=int, metavar="N", help="number of trials (default: 3)")
+    add("--n_trials_from", type=int, metavar="N", help="first trial_seed (default: 0)")
+    add("--single_test_envs", action="store_true", default=None, help="leave out single environments, and no pairs")
+    add(
+        "--test_envs", nargs="+", metavar="ENVS", help="environments to leave out: `0 2` are two runs, `0,2` is one run"
     )
-    table.add_argument("--output_dir", metavar="DIR", help="folder of the sweep")
-    table.add_argument(
-        "--datasets", nargs="+", metavar="NAME", help="data sets, or folder:PATH (default: all but the Debug ones)"
-    )
-    table.add_argument(
-        "--algorithms",
-        nargs="+",
-        metavar="NAME",
-        help="algorithms, a row with default hyperparameters for each; with --config: only the file's rows of these",
-    )
-    table.add_argument(
-        "--hparams", metavar="JSON", help="hyperparameters for all algorithms that have them; they override the file's"
-    )
-    table.add_argument("--n_hparams_from", type=int, metavar="N", help="first hparams_seed (default: 0)")
-    table.add_argument("--n_hparams", type=int, metavar="N", help="hparams_seeds are below this number (default: 20)")
-    table.add_argument("--n_trials", type=int, metavar="N", help="number of trials (default: 3)")
-    table.add_argument("--n_trials_from", type=int, metavar="N", help="first trial_seed (default: 0)")
-    table.add_argument(
-        "--single_test_envs", action="store_true", default=None, help="leave out one environment at a time, no pairs"
-    )
-    table.add_argument(
-        "--test_envs", nargs="+", metavar="ENVS", help="test environments: `0 2` are two runs, `0,2` one without both"
-    )
-    table.add_argument("--seed", type=int, help="ignored, as in DomainBed: a job's seed is a hash of its arguments")
-    launching = p.add_argument_group("launching")
-    launching.add_argument(
-        "--command_launcher", dest="launcher", metavar="NAME", help=f"{', '.join(LAUNCHERS)} (default: local)"
-    )
-    launching.add_argument(
-        "--max_parallel", type=int, metavar="N", help="local, slurm: number of jobs at a time (default: one per core)"
-    )
-    launching.add_argument(
-        "--jobs_per_gpu", type=int, metavar="N", help="multi_gpu: number of jobs at a time on each GPU (default: 1)"
-    )
-    launching.add_argument(
-        "--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: options of sbatch, such as partition=gpu mem=16GB"
-    )
-    launching.add_argument(
-        "--launcher_options", nargs="+", metavar="KEY=VALUE", help="options of a launcher of your own"
-    )
-    launching.add_argument("--skip_confirmation", action="store_true", help="do not ask `Are you sure?`")
-    launching.add_argument("--retry_failed", action="store_true", help="launch: start the failed jobs, too")
-    launching.add_argument(
-        "--dry_run", action="store_true", help="launch: print the jobs and an estimate of their cost, and start nothing"
-    )
-    shown = p.add_argument_group("what is printed")
-    shown.add_argument("--list", action="store_true", help="all jobs, one line each; without it only the failed ones")
-    shown.add_argument("--json", action="store_true", help="status: print JSON")
+    add("--seed", type=int, metavar="N", help="ignored, as in DomainBed: a job's seed is a hash of its arguments")
+    add = p.add_argument_group("launching").add_argument
+    known = ", ".join(LAUNCHERS)
+    add("--command_launcher", dest="launcher", metavar="NAME", help=f"launcher: {known} (default: local)")
+    add("--max_parallel", type=int, metavar="N", help="local, slurm: jobs at a time (default: one per core; all)")
+    add("--jobs_per_gpu", type=int, metavar="N", help="multi_gpu: jobs at a time on each GPU (default: 1)")
+    add("--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: options of sbatch, such as partition=gpu mem=16GB")
+    add("--launcher_options", nargs="+", metavar="KEY=VALUE", help="options of a launcher of your own")
+    add("--skip_confirmation", action="store_true", help="do not ask `Are you sure?`")
+    add("--retry_failed", action="store_true", help="launch: start the failed jobs, too")
+    add("--dry_run", action="store_true", help="launch: print the jobs and an estimate of their cost; start nothing")
+    add = p.add_argument_group("what is printed").add_argument
+    add("--list", action="store_true", help="all jobs, one line each; without this flag only the failed ones")
+    add("--json", action="store_true", help="status: print JSON")
     add_flags(p, of_sweep=True)
     return p
 
@@ -213,12 +191,17 @@ def delete_incomplete(jobs: Sequence[Job], args: argparse.Namespace) -> int:
     print(f"About to delete {len(to_delete)} jobs.", flush=True)
     if to_delete and not args.skip_confirmation and not ask_user():
         return 0
-    deleted = 0
-    for job in to_delete:
-        # DEVIATION: DomainBed removes running jobs.
-        with contextlib.suppress(Taken):
+
+    def delete(job: Job) -> bool:
+        try:
             job.delete()
-            deleted += 1
+        except RunTaken:
+            return False
+        return True
+
+    # DEVIATION: DomainBed removes running jobs.
+    with ThreadPoolExecutor(32) as pool:  # a lease that another host left is watched for a minute
+        deleted = sum(pool.map(delete, to_delete))
     running = before.count[State.RUNNING] + len(to_delete) - deleted
     more = f" {running} are running and stay." if running else ""
     print(f"Deleted {deleted} jobs!{more}")

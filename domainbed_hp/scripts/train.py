@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from domainbed_hp.run_args import RunArgs, add_flags
-from domainbed_hp.run_dir import claim
+from domainbed_hp.run_dir import RunLock
 from domainbed_hp.scripts import pause_gc, run
 
 
@@ -22,13 +22,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = RunArgs.of(vars(make_parser().parse_args(argv)))
-    with claim(Path(args.output_dir)) as held:
+    with RunLock(Path(args.output_dir)) as lock:
         with pause_gc():  # torch takes seconds to load: a process that finds the folder taken ends before
             from domainbed_hp.plugins import import_plugins
             from domainbed_hp.training.loop import train
 
         import_plugins(args.imports)
-        train(args, held)
+        train(args, lock)
     return 0
 
 

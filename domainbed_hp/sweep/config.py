@@ -2,7 +2,6 @@
 
 import json
 import tomllib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -25,16 +24,6 @@ def read_sweep_file(path: str | None) -> dict[str, Any]:
         raise UsageError(f"--config {path}: cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path}: not valid TOML: {error}") from error
-
-
-def parse_hparams(text: str) -> dict[str, Any]:
-    try:
-        hparams = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--hparams {text!r}: not valid JSON: {error}") from error
-    if not isinstance(hparams, dict) or any(isinstance(value, dict) for value in hparams.values()):
-        raise UsageError(f"--hparams {text!r}: expected an object of names and values, e.g. '{{\"lr\": 1e-5}}'")
-    return hparams
 
 
 def parse_test_envs(texts: Sequence[str]) -> list[list[int]]:
@@ -84,7 +73,7 @@ def spec_from(config: str | None, flags: Mapping[str, Any]) -> SweepSpec:
     if algorithms:
         new = [Row(name) for name in algorithms if name not in {row.algorithm for row in spec.rows}]
         spec = replace(spec, rows=(*(row for row in spec.rows if row.algorithm in algorithms), *new))
-    return override_hparams(spec, parse_hparams(flags["hparams"])) if "hparams" in flags else spec
+    return override_hparams(spec, run_args.parse_hparams(flags["hparams"])) if "hparams" in flags else spec
 
 
 def drop_unknown_options(values: dict[str, Any], launcher: str, imports: Any) -> dict[str, Any]:
@@ -110,7 +99,7 @@ def read_jobs(path: str, flags: Mapping[str, Any]) -> list[tuple[SweepSpec, list
     try:
         entries = [(Path(job["output_dir"]), dict(job["args"])) for job in json.loads(Path(path).read_text())["jobs"]]
         jobs = [Job.create(folder, args | where) for folder, args in entries]
-        rows = [make_row(job) for job in jobs]
+        rows = {job.folder: make_row(job) for job in jobs}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = "a file of jobs, as collect_results --missing writes it"
         raise UsageError(f"--jobs {path}: expected {expected}; got {error!r}") from error
@@ -119,27 +108,27 @@ def read_jobs(path: str, flags: Mapping[str, Any]) -> list[tuple[SweepSpec, list
     known = run_args.FLAG_NAMES.values()
     if strange := [name for job in jobs for name in job.args if name not in known]:
         raise registry.unknown_name(f"argument of train in {path}:", strange[0], known)
-    by_folder: dict[Path, list[tuple[Job, Row]]] = defaultdict(list)
-    for job, row in zip(jobs, rows, strict=True):
-        by_folder[job.folder.parent].append((job, row))
     sweeps = []
-    for folder, pairs in by_folder.items():
-        jobs = [job for job, _ in pairs]
+    for folder in dict.fromkeys(job.folder.parent for job in jobs):
+        part = [job for job in jobs if job.folder.parent == folder]
         values = {
             "output_dir": str(folder),
-            "datasets": list(dict.fromkeys(job.args["dataset"] for job in jobs)),
-            "imports": list(dict.fromkeys(module for job in jobs for module in job.args.get("import", []))),
-            "data_dir": next((job.args["data_dir"] for job in jobs if job.args.get("data_dir")), ""),
-            "rows": [{"algorithm": pairs[0][1].algorithm}],
+            "datasets": list(dict.fromkeys(job.args["dataset"] for job in part)),
+            "imports": list(dict.fromkeys(module for job in part for module in job.args.get("import", []))),
+            "data_dir": next((job.args["data_dir"] for job in part if job.args.get("data_dir")), ""),
+            "rows": [{"algorithm": part[0].args["algorithm"]}],
         }
         spec = SweepSpec.of(values | parse_flags(flags), f"--jobs {path}")
-        different = [row for i, (_, row) in enumerate(pairs) if row not in [other for _, other in pairs[:i]]]
-        sweeps.append((replace(spec, rows=tuple(different)), jobs))
+        different: list[Row] = []
+        for job in part:
+            if rows[job.folder] not in different:
+                different.append(rows[job.folder])
+        sweeps.append((replace(spec, rows=tuple(different)), part))
     return sweeps
 
 
 def make_row(job: Job) -> Row:
-    hparams = parse_hparams(job.args.get("hparams") or "{}")
+    hparams = run_args.parse_hparams(job.args.get("hparams"))
     return Row(job.args["algorithm"], job.args.get("label") or "", hparams, job.args.get("steps"))
 
 

@@ -17,7 +17,7 @@ import filelock
 from domainbed_hp import run_dir
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_args import identify
+from domainbed_hp.run_args import WHERE
 from domainbed_hp.run_dir import State
 
 TRAIN_MODULE = "domainbed_hp.scripts.train"
@@ -43,12 +43,12 @@ class Job:
     @classmethod
     def create(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
         """Return the job with these arguments; its name is that of its folder in `output_dir`."""
-        return cls(args, output_dir / job_name(identify(args)))
+        return cls(args, output_dir / job_name({name: v for name, v in args.items() if name not in WHERE}))
 
     @property
     def state(self) -> State:
         """State of the run, read from its folder."""
-        return run_dir.state(self.folder)
+        return run_dir.read_state(self.folder)
 
     @property
     def row(self) -> str:
@@ -70,14 +70,14 @@ class Job:
     def describe(self, state: State) -> str:
         """Return one line, as DomainBed's, with the error of a failed job."""
         what = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
-        why = f": {run_dir.failure(self.folder)}" if state == State.FAILED else ""
+        why = f": {run_dir.read_failure(self.folder)}" if state == State.FAILED else ""
         return f"{state}: {self.folder} {what}{why}"
 
     def delete(self) -> None:
-        """Remove the job's folder; `Taken` if the run is done or a process works on it."""
-        with run_dir.claim(self.folder):  # no other process starts the job meanwhile
+        """Remove the job's folder; `RunTaken` if the run is done or a process works on it."""
+        with run_dir.RunLock(self.folder):  # no other process starts the job meanwhile
             for path in self.folder.iterdir():
-                if path.name not in (run_dir.LOCK, run_dir.HEARTBEAT):
+                if path.name != run_dir.LOCK:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         with contextlib.suppress(OSError):  # not empty: another process starts the job again
             self.folder.rmdir()
@@ -119,7 +119,7 @@ def register_launcher(
             folder.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(folder / run_dir.LOCK, timeout=60):
                 at_work = bool(find_launchers(output_dir))
-                stack.enter_context(run_dir.claim(folder / f"{socket.gethostname()}-{os.getpid()}"))
+                stack.enter_context(run_dir.RunLock(folder / f"{socket.gethostname()}-{os.getpid()}"))
                 save_sweep(output_dir, sweep, jobs, list_all=partial or at_work)
         except OSError as error:
             raise UsageError(f"{output_dir}: cannot be written to: {error.strerror or error}") from error
@@ -131,8 +131,8 @@ def find_launchers(output_dir: Path) -> list[float]:
     started = []
     for folder in (output_dir / LAUNCHERS).glob("*-*"):
         with contextlib.suppress(OSError):  # the launcher ends just now
-            if run_dir.alive(folder):
-                started.append((folder / run_dir.LOCK).stat().st_mtime)
+            if run_dir.read_holder(folder):
+                started.append(folder.stat().st_mtime)  # of the folder: its last change was the creation of the lock
     return started
 
 

@@ -1,5 +1,6 @@
 """The description of a sweep, and the list of jobs that follows from it. No torch is imported here."""
 
+import contextlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,6 @@ LAUNCHER_FLAGS: dict[str, Any] = {"max_parallel": int, "jobs_per_gpu": int, "slu
 """Options of the package's launchers that have a flag and a key of their own, with their types."""
 UNIONS = (UnionType, Union)
 """Origins of `int | None` and `Optional[int]`."""
-PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
-"""Functions that read a launcher's option from the command line."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,10 @@ class SweepSpec:
         for name, value in counts.items():
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name}: got {value}, expected at least 1")
-        for name, value in self.launcher_options.get("slurm", {}).items():
-            if not isinstance(value, str | int | float):
-                raise UsageError(f"slurm.{name}: got {value!r}, expected a word or a number")
+        for option, table in self.launcher_options.items():
+            for name, value in table.items() if isinstance(table, dict) else ():
+                if not isinstance(value, str | int | float):
+                    raise UsageError(f"{option}.{name}: got {value!r}, expected a word or a number")
         args = self.run_args  # checks its values
         if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
             raise UsageError("domain_adaptation needs uda_holdout_fraction above 0: without it no image is unlabeled")
@@ -119,18 +119,16 @@ class SweepSpec:
                 raise UsageError(f"two rows are called {row.name!r}; give each a `label` of its own")
 
 
-def list_types(cls: type) -> dict[str, Any]:
-    """Return the type of each key that a table of a sweep file may have, for a `Row` or the whole `SweepSpec`."""
+def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a table of a sweep file with lists as tuples, after a check of its keys and types.
+
+    Args:
+        cls: `Row` for one of [[rows]], `SweepSpec` for the whole file.
+    """
     types = get_type_hints(cls)
     if cls is SweepSpec:
         del types["run"]
         types |= LAUNCHER_FLAGS | {name: run_args.TYPES[name] for name in run_args.SHARED}
-    return types
-
-
-def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return `values` with lists as tuples, after a check of their names and types against those of `cls`."""
-    types = list_types(cls)
     for name, value in values.items():
         if name not in types:
             raise registry.unknown_name(f"key of {source}:", name, types)
@@ -186,19 +184,15 @@ def load_launcher(spec: SweepSpec) -> partial[list[int]]:
 
 
 def read_option(name: str, value: Any, hint: Any) -> Any:
-    """Return the value of a launcher's option in its annotated type, parsed if it is a word of the command line."""
+    """Return the value of a launcher's option in its annotated type; words of the command line are read as JSON."""
     if isinstance(value, dict):  # options of sbatch, which are words
         return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in value.items()}
-    if is_of_type(value, hint):
-        return value
-    options = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
-    parse: Callable[[str], Any] | None = PARSERS.get(options[0])
-    try:
-        if isinstance(value, str) and parse is not None:
-            return parse(value)
-    except (KeyError, ValueError):
-        pass
-    raise UsageError(f"launcher option {name}: got {value!r}, expected {describe_type(hint)}")
+    if isinstance(value, str) and not is_of_type(value, hint):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not is_of_type(value, hint):
+        raise UsageError(f"launcher option {name}: got {value!r}, expected {describe_type(hint)}")
+    return value
 
 
 def choose_test_envs(spec: SweepSpec, dataset: str) -> list[list[int]]:

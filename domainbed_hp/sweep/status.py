@@ -1,7 +1,5 @@
 """Count the states of a sweep's jobs, and estimate how long the rest takes. No torch or pandas is imported here."""
 
-import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,13 +9,12 @@ from statistics import median
 from typing import Any
 
 from domainbed_hp import run_dir
+from domainbed_hp.records import last_record
 from domainbed_hp.run_dir import State
 from domainbed_hp.sweep.jobs import Job, find_launchers
 
 RECENT = 50
 """Number of the latest finished jobs that the rate is computed from."""
-TAIL = 2**16
-"""Bytes at the end of results.jsonl that hold the last record."""
 SHOWN = (State.DONE, State.RUNNING, State.FAILED, State.INCOMPLETE, State.NOT_LAUNCHED)
 ALWAYS = (State.DONE, State.INCOMPLETE, State.NOT_LAUNCHED)
 """The states of DomainBed. Its summary shows them even if no job has them."""
@@ -103,7 +100,7 @@ class SweepStatus:
 
         jobs = []
         for job, state in zip(self.jobs, self.states, strict=True):
-            error = {"error": run_dir.failure(job.folder)} if state == State.FAILED else {}
+            error = {"error": run_dir.read_failure(job.folder)} if state == State.FAILED else {}
             jobs.append({"folder": str(job.folder), "state": state.name.lower(), **error, "args": job.args})
         return {
             "total": len(self.jobs),
@@ -158,12 +155,7 @@ def list_similar(job: Job) -> list[tuple[str, ...]]:
 
 def read_elapsed(folder: Path) -> float | None:
     """Return the seconds that a run took, from its last record; None if that has no time, as DomainBed's."""
-    try:
-        with open(folder / "results.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            seconds = json.loads(file.read().rstrip().rpartition(b"\n")[2])["elapsed_s"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    seconds = (last_record(folder) or {}).get("elapsed_s")
     return float(seconds) if isinstance(seconds, int | float) else None
 
 

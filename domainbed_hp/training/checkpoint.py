@@ -1,7 +1,7 @@
-"""What a run needs to go on where it was stopped, and the signals that stop it.
+"""The checkpoint that a stopped run resumes from, and the signals that stop a run.
 
-Batches, augmentation and dropout are functions of (seed, step), so that weights, optimizers and the number of the step
-are all there is to keep.
+Batches, augmentation and dropout are functions of (seed, step). A checkpoint therefore holds no state of a generator or
+a loader: only the step, weights, optimizers and unrecorded metrics.
 """
 
 from __future__ import annotations
@@ -17,71 +17,80 @@ from typing import Any
 
 import torch
 
+from domainbed_hp import records
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import find_differences
+from domainbed_hp.run_dir import CHECKPOINT
 
-FILE_NAME = "checkpoint.pt"
-STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
-def save(run_dir: Path, algorithm: Algorithm, progress: dict[str, Any]) -> None:
-    """Write `progress`, plain values, and all that `update` changes."""
-    buffer = io.BytesIO()  # torch's own writer does not say why it failed
+def save_checkpoint(run_dir: Path, algorithm: Algorithm, progress: dict[str, Any]) -> None:
+    """Write `progress`, a dict of tensors and plain values, and the training state of the algorithm."""
+    buffer = io.BytesIO()  # errors of the file system then come from Python, which names them, and not from torch
     torch.save(progress | {"algorithm": algorithm.training_state()}, buffer)
-    with replace_atomically(run_dir / FILE_NAME) as path:
+    with replace_atomically(run_dir / CHECKPOINT) as path:
         path.write_bytes(buffer.getbuffer())
 
 
-def load(run_dir: Path) -> dict[str, Any] | None:
-    """What `save` wrote, on the CPU; None where there is nothing."""
-    path = run_dir / FILE_NAME
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """Return the content of the checkpoint with tensors on the CPU, None if there is no checkpoint."""
+    path = run_dir / CHECKPOINT
     if not path.exists():
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise all kinds
+    except Exception as error:  # for a damaged file, torch raises exceptions of many kinds
         raise UsageError(f"{path} cannot be read ({error}). Remove it: the run then starts anew.") from error
     return state
 
 
+def find_checkpoint(run_dir: Path, args: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the checkpoint of a run with these arguments, if any; `UsageError` if the folder holds another run."""
+    # DEVIATION: DomainBed appends a second run to the records of the first.
+    state, record = load_checkpoint(run_dir), next(records.read_records(run_dir), None)
+    if before := state or record:
+        check_same_run(run_dir, before.get("args", {}), args)
+    return state
+
+
 def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) -> None:
-    """`UsageError` unless these are the arguments of the run that `run_dir` holds, by its own `before`."""
+    """Raise `UsageError` if `args` are not those of the run in `run_dir`, which are `before`."""
     if different := find_differences(before, args):
         listed = "; ".join(f"{name}: there {there!r}, here {here!r}" for name, (there, here) in different.items())
         raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove it")
 
 
-def plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 class Stopped(Exception):
-    """A signal asked the run to stop."""
+    """The run was asked to stop by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
-class Stop:
-    """Notes the first signal, for `check`; where `at_once` is entered it raises `Stopped` there and then.
+class StopSignals:
+    """The first stop signal that arrived, if any. `check` raises `Stopped` for it.
 
-    A second Ctrl-C is a person in a hurry. Any other signal after the first is ignored: batch systems send several.
+    A second Ctrl-C raises `KeyboardInterrupt` at once. Other signals after the first one are ignored, since batch
+    systems send several.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.now = False
+        """Number of the signal, 0 before one arrives."""
+        self.immediate = False
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; registered with `signal.signal`."""
         if self.number:
             if number == self.number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.number = number
-        if self.now:
+        if self.immediate:
             raise Stopped(number)
 
     def check(self) -> None:
@@ -89,24 +98,24 @@ class Stop:
             raise Stopped(self.number)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """For what takes long and may be left half done."""
+    def raise_immediately(self) -> Iterator[None]:
+        """Raise `Stopped` in the middle of the context, for long work that may be left unfinished."""
         self.check()
-        self.now = True
+        self.immediate = True
         try:
             yield
         finally:
-            self.now = False
+            self.immediate = False
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGUSR1 (which batch systems send before they take a machine away) as a `Stop`."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+def catch_stop_signals() -> Iterator[StopSignals]:
+    """Catch SIGINT, SIGTERM and SIGUSR1, which batch systems send before they take a machine away."""
+    stop = StopSignals()
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield stop
         return
-    before = {number: signal.signal(number, stop.note) for number in STOP}
+    before = {number: signal.signal(number, stop.handle) for number in STOP_SIGNALS}
     try:
         yield stop
     finally:

@@ -1,7 +1,7 @@
-"""Image features of a frozen tower: computed once, kept on disk, read by every job that asks for the same.
+"""A cache of the image features of frozen towers: computed once, then read by every job that asks for the same ones.
 
-In `<cache>/features/<key>/` lie `env0.npy`, `env1.npy`, ..., float32 (N, E) in the order of the data set, and
-`about.json`: what the key is a digest of, and the digest of each file, without which no file is believed.
+`<cache>/features/<key>/` holds `env0.npy`, `env1.npy`, ..., float32 (N, E) in the order of the data set, and
+`about.json` with the facts that the key is a digest of, and the digest of each file. Files without it are not read.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.prepared import index
 from domainbed_hp.files import cache_dir
 from domainbed_hp.networks.clip import find_clip
-from domainbed_hp.training.setup import Plan
+from domainbed_hp.training.setup import RunSetup
 
 FORMAT = 1
-"""Of the files, and of the features in them: another one where `VisionTower` computes something else."""
+"""Version of the files and of the features in them; to be raised when `VisionTower` computes other features."""
 ABOUT = "about.json"
-WORTH = 4
-"""Features are computed unless the data set has more than so many times the images that the run will ask for."""
+MAX_RATIO = 4
+"""Features are not computed for a data set with more than so many times the images that the run would encode."""
 
 
-class Damaged(OSError):
-    """Features that are not as they were written."""
+class DamagedFeatures(OSError):
+    """Files of features differ from what was written."""
 
 
 @dataclass(frozen=True)
 class FeatureViews:
-    """The `ImageViews` of one environment as features: an image is float32 (E,)."""
+    """The `ImageViews` of one environment whose images are features, float32 (E,)."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -64,159 +64,165 @@ class FeatureViews:
         return ""
 
 
-def cached_features(run: Plan, algorithm: Algorithm, batch_size: int, workers: ThreadPool) -> list[ImageViews] | None:
-    """The environments of a run as features, computed by `algorithm` where nobody has yet.
+class FeatureCache:
+    """The features of one run's environments, made by `algorithm`.
 
-    None where they change, cannot be told from others or cannot be kept, and with `--features encode`. The caller has
-    set the algorithm to evaluation, without gradients and in the precision of the run.
+    The caller has put the algorithm in evaluation mode, without gradients and in the precision of the run.
     """
-    # An `encode` of its own may depend on what the key does not know of.
+
+    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool) -> None:
+        self.run, self.algorithm, self.batch_size, self.workers = run, algorithm, batch_size, workers
+        self.key = self._make_key()
+        name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = cache_dir() / "features" / name
+
+    def _make_key(self) -> dict[str, Any]:
+        """Return all facts that the features depend on, as plain values."""
+        run = self.run
+        config = find_clip(run.hparams["clip_model"], run.hparams["clip_pretrained"]).model_cfg
+        return {
+            "format": [FORMAT, index.FORMAT],
+            "weights": hash_weights(self.algorithm.tower),
+            "tower": {"vision_cfg": config["vision_cfg"], "quick_gelu": config.get("quick_gelu", False)},
+            "input_norm": run.hparams["input_norm"],
+            "size": run.preprocess.size,
+            "resize": run.preprocess.resize,
+            "interpolation": run.preprocess.interpolation,
+            "dataset": run.args.dataset,
+            "files": [views.fingerprint() for views in run.dataset.environments],
+            "precision": run.args.precision,
+            "device": run.device.type,
+        }
+
+    def read_or_compute(self) -> list[np.ndarray] | None:
+        """Return the features; of several jobs that need the same ones, one computes them and the others wait.
+
+        None if they do not exist and the run would encode too few images to compute all of them.
+        """
+        import filelock
+
+        with contextlib.suppress(FileNotFoundError, DamagedFeatures):
+            return read_features(self.folder)
+        images = sum(map(len, self.run.dataset.environments))
+        if images > MAX_RATIO * count_encoded_images(self.run):
+            print(f"Features: not cached yet for these {images} images, of which this run encodes a few, in each batch")
+            return None
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Features: {images} images are encoded once, by this job or another (--features encode: in each batch)")
+        with filelock.FileLock(f"{self.folder}.lock"):
+            try:
+                return read_features(self.folder)
+            except FileNotFoundError:
+                pass
+            except DamagedFeatures as damage:
+                print(f"{self.folder} is damaged and computed again: {damage}", file=sys.stderr)
+            temporary = self.folder.with_name(f"{self.folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed job may have left it
+            try:
+                temporary.mkdir()
+                self.write(temporary)
+                shutil.rmtree(self.folder, ignore_errors=True)
+                os.replace(temporary, self.folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return read_features(self.folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the features of all images, also of those in no split, and `about.json` last."""
+        environments = self.run.dataset.environments
+        digests = {}
+        with tqdm(total=sum(map(len, environments)), disable=None, desc="image features", unit="image") as bar:
+            for i, views in enumerate(environments):
+                path = folder / f"env{i}.npy"
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(views), self.algorithm.tower.embed_dim)}
+                with open(path, "wb+") as file:  # not a memory map, with which a full disk kills the process
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for features in self.encode_images(views):
+                        file.write(features.astype("<f4").tobytes())
+                        bar.update(len(features))
+                    file.seek(0)
+                    digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        (folder / ABOUT).write_text(json.dumps({"key": self.key, "sha256": digests}, indent=1) + "\n")
+        if self.run.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.run.device)  # `mem_gb` of records is the memory of training
+
+    def encode_images(self, views: ImageViews) -> Iterator[np.ndarray]:
+        """Yield batches of features of all images, in order; if a GPU runs out of memory, halve the batch size."""
+        run, batch_size, done = self.run, self.batch_size, 0
+        while done < len(views):
+            loader = EvalLoader(views, range(done, len(views)), batch_size, self.workers, pin=run.on_gpu)
+            try:
+                for batch in loader:
+                    features = self.algorithm.encode(batch.to(run.device, run.preprocess)[0]).cpu().numpy()
+                    done += len(features)
+                    yield features
+            except torch.cuda.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+            batch_size //= 2
+
+
+def load_features(run: RunSetup, algorithm: Algorithm, batch_size: int, workers: ThreadPool) -> list[ImageViews] | None:
+    """Return the environments of a run as features, computed by `algorithm` unless the cache has them.
+
+    None if the features change in training, if nothing identifies the images, if the cache cannot be written, and with
+    `--features encode`. For `algorithm` see `FeatureCache`.
+    """
+    # A class with its own `encode` may depend on facts that are not in the key.
     if not isinstance(algorithm, ClipAlgorithm) or type(algorithm).encode is not ClipAlgorithm.encode:
         return None
     if run.args.features == "encode" or not run.algorithm.has_frozen_features(run.hparams):
         return None
-    # A subclass may have unfrozen what its parent said is frozen.
+    # A subclass may have unfrozen a tower that its parent class declares frozen.
     if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompt_tokens():
         return None
-    key = ingredients(run, algorithm)
-    if not all(key["files"]):
+    cache = FeatureCache(run, algorithm, batch_size, workers)
+    if not all(cache.key["files"]):
         return None
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir() / "features" / name
-    environments = run.dataset.environments
     try:
-        arrays = open_or_compute(folder, key, run, algorithm, batch_size, workers)
+        arrays = cache.read_or_compute()
     except OSError as error:
-        print(f"{folder}: cannot keep features there ({error}); every batch is encoded", file=sys.stderr)
+        print(f"{cache.folder}: features cannot be written there ({error}); every batch is encoded", file=sys.stderr)
         return None
     if arrays is None:
         return None
-    print(f"Features: {folder}")
-    return [FeatureViews(array, views.labels) for array, views in zip(arrays, environments, strict=True)]
+    print(f"Features: {cache.folder}")
+    return [FeatureViews(array, views.labels) for array, views in zip(arrays, run.dataset.environments, strict=True)]
 
 
-def ingredients(run: Plan, algorithm: ClipAlgorithm) -> dict[str, Any]:
-    """All that features depend on, as plain values."""
-    config = find_clip(run.hparams["clip_model"], run.hparams["clip_pretrained"]).model_cfg
-    return {
-        "format": [FORMAT, index.FORMAT],
-        "weights": digest(algorithm.tower),
-        "tower": {"vision_cfg": config["vision_cfg"], "quick_gelu": config.get("quick_gelu", False)},
-        "input_norm": run.hparams["input_norm"],
-        "size": run.preprocess.size,
-        "resize": run.preprocess.resize,
-        "interpolation": run.preprocess.interpolation,
-        "dataset": run.args.dataset,
-        "files": [views.fingerprint() for views in run.dataset.environments],
-        "precision": run.args.precision,
-        "device": run.device.type,
-    }
-
-
-def digest(module: nn.Module) -> str:
-    """Of all parameters and buffers."""
-    found = hashlib.sha256()
+def hash_weights(module: nn.Module) -> str:
+    """Return a digest of all parameters and buffers."""
+    digest = hashlib.sha256()
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
-        found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def opened(folder: Path) -> list[np.ndarray]:
-    """The features in a folder, mapped; `FileNotFoundError` where there are none, `Damaged`."""
+def read_features(folder: Path) -> list[np.ndarray]:
+    """Return the features in a folder as memory maps.
+
+    Raises:
+        FileNotFoundError: there are none.
+        DamagedFeatures: a file is missing or has another digest.
+    """
     about = (folder / ABOUT).read_bytes()
     arrays = []
     try:
         for name, sha256 in json.loads(about)["sha256"].items():
             with open(folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise Damaged(f"{name} has another digest than {ABOUT} says")
-            arrays.append(np.asarray(np.load(folder / name, mmap_mode="r")))  # a plain array: rows of it come quicker
+                    raise DamagedFeatures(f"{name} has another digest than {ABOUT} says")
+            arrays.append(np.asarray(np.load(folder / name, mmap_mode="r")))  # rows of a plain array are read faster
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Damaged(str(error)) from error
+        raise DamagedFeatures(str(error)) from error
     return arrays
 
 
-def open_or_compute(
-    folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool
-) -> list[np.ndarray] | None:
-    """The features in `folder`; of the jobs that find none one computes them and the others wait.
-
-    None where there are none and the run asks for too few to compute all.
-    """
-    import filelock
-
-    with contextlib.suppress(FileNotFoundError, Damaged):
-        return opened(folder)
-    images = sum(map(len, run.dataset.environments))
-    if images > WORTH * asked(run):
-        print(f"Features: none of these {images} images are kept yet; the few of this run are encoded batch by batch")
-        return None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Features: {images} images are encoded once, by this job or another (--features encode: each batch anew)")
-    with filelock.FileLock(f"{folder}.lock"):
-        try:
-            return opened(folder)
-        except FileNotFoundError:
-            pass
-        except Damaged as damage:
-            print(f"{folder} is damaged and computed again: {damage}", file=sys.stderr)
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a job that was killed
-        try:
-            temporary.mkdir()
-            write(temporary, key, run, algorithm, batch_size, workers)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return opened(folder)
-
-
-def asked(run: Plan) -> int:
-    """How many images a run encodes without features, the same one again and again."""
+def count_encoded_images(run: RunSetup) -> int:
+    """Return how many images a run encodes without cached features; an image counts every time it is encoded."""
     limit = run.args.eval_images
-    scored = sum(len(indices[:limit]) for split in run.scored for indices in split.values())
+    scored = sum(len(indices[:limit]) for split in run.scored_splits for indices in split.values())
     records = -(-run.steps // run.checkpoint_freq)
     batch_size: int = run.hparams["batch_size"]
     return scored * records + run.steps * batch_size * len(run.train_envs)
-
-
-def write(
-    folder: Path, key: dict[str, Any], run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool
-) -> None:
-    """Every image of every environment, whether a split holds it or not; `about.json` comes last."""
-    environments = run.dataset.environments
-    digests = {}
-    with tqdm(total=sum(map(len, environments)), disable=None, desc="image features", unit="image") as bar:
-        for i, views in enumerate(environments):
-            path = folder / f"env{i}.npy"
-            header = {"descr": "<f4", "fortran_order": False, "shape": (len(views), algorithm.tower.embed_dim)}
-            with open(path, "wb+") as file:  # not mapped: a full disk would kill the process
-                np.lib.format.write_array_header_1_0(file, header)
-                for features in encoded(views, run, algorithm, batch_size, workers):
-                    file.write(features.astype("<f4").tobytes())
-                    bar.update(len(features))
-                file.seek(0)
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    (folder / ABOUT).write_text(json.dumps({"key": key, "sha256": digests}, indent=1) + "\n")
-    if run.on_gpu:
-        torch.cuda.reset_peak_memory_stats(run.device)  # what records call the memory of the run is not this
-
-
-def encoded(
-    views: ImageViews, run: Plan, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool
-) -> Iterator[np.ndarray]:
-    """Features of all images in order; where a GPU runs out of memory, the rest in batches of half the size."""
-    done = 0
-    while done < len(views):
-        loader = EvalLoader(views, range(done, len(views)), batch_size, workers, pin=run.on_gpu)
-        try:
-            for batch in loader:
-                features = algorithm.encode(batch.to(run.device, run.preprocess)[0]).cpu().numpy()
-                done += len(features)
-                yield features
-        except torch.cuda.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-        batch_size //= 2

@@ -1,277 +1,271 @@
-"""One run, start to `done`: arguments in, records out. Stopped at any moment, it goes on where it was."""
+"""The training loop of one run. A run that was stopped resumes where it was."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from domainbed_hp import records
-from domainbed_hp.algorithms import Algorithm
-from domainbed_hp.algorithms.base import Metrics
+from domainbed_hp.algorithms.base import Metrics, Minibatch
 from domainbed_hp.datasets.loading.loader import EvalLoader, make_eval_loaders
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.files import remove_temporary_files
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
-from domainbed_hp.run_dir import DONE, Claim, claim
+from domainbed_hp.run_dir import BEST_MODEL, CHECKPOINT, DONE, MODEL, OUT, STEP_MODEL, RunLock
 from domainbed_hp.seeds import seed_hash
-from domainbed_hp.training import checkpoint
-from domainbed_hp.training.checkpoint import Stop, Stopped, stop_signals
-from domainbed_hp.training.cuda_graph import speed_up
-from domainbed_hp.training.evaluation import EVAL_BATCH, Score, evaluation, score, scored, validation_loss
-from domainbed_hp.training.feature_cache import cached_features
-from domainbed_hp.training.metric_log import Logged
-from domainbed_hp.training.model_io import Recipe, build, save_model
-from domainbed_hp.training.run_log import log_to, print_header, print_row, versions
-from domainbed_hp.training.setup import Plan, plan
-from domainbed_hp.training.sharpness import find_climb
-from domainbed_hp.training.weight_averaging import find_average, holding
+from domainbed_hp.training import evaluation
+from domainbed_hp.training.checkpoint import Stopped, StopSignals, catch_stop_signals, find_checkpoint, save_checkpoint
+from domainbed_hp.training.cuda_graph import speed_up_training
+from domainbed_hp.training.evaluation import EVAL_BATCH, MetricLog, evaluation_mode
+from domainbed_hp.training.feature_cache import load_features
+from domainbed_hp.training.model_io import build_algorithm, save_model, seed_everything
+from domainbed_hp.training.run_log import copy_stdout, find_versions, print_header, print_row
+from domainbed_hp.training.setup import RunSetup, set_up_run
+from domainbed_hp.training.sharpness import make_perturbation
+from domainbed_hp.training.weight_averaging import make_weight_average, swap_weights
 
-PROBE = 64
-"""Validation images of an environment that `Algorithm.diagnose` sees."""
+DIAGNOSED_IMAGES = 64
+"""Number of validation images of each environment that `Algorithm.diagnose` gets."""
 
 
-def train(args: RunArgs, held: Claim | None = None) -> None:
-    """Train one algorithm on all environments but `test_envs`, score all of them, write `output_dir`.
+def train(args: RunArgs, lock: RunLock | None = None) -> None:
+    """Train one algorithm on all environments but `test_envs`, score it on all of them, write to `output_dir`.
 
-    A run that was stopped goes on: on the CPU its records and weights are bit for bit those of one that was not.
-    `held` is the claim on `output_dir`, where the caller has it already.
+    A run that was stopped resumes: on the CPU its records and weights are bit for bit those of a run that was not.
+    `lock` is the lock on `output_dir`, if the caller holds it already.
 
     Raises:
-        UsageError: the arguments do not fit, before a model is built; `Taken` if the run is done or worked on.
-        SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; the state is saved.
+        UsageError: the arguments do not fit, before a model is built; `RunTaken` if the run is done or worked on.
+        SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; the checkpoint is written.
     """
-    run = plan(args)
+    run = set_up_run(args)
     with contextlib.ExitStack() as stack:
-        held = held or stack.enter_context(claim(run.output_dir))
+        lock = lock or stack.enter_context(RunLock(run.output_dir))
         remove_temporary_files(run.output_dir)
-        before = find_before(run)
-        stack.enter_context(log_to(run.output_dir))
+        checkpoint = find_checkpoint(run.output_dir, asdict(args))
+        stack.enter_context(copy_stdout(run.output_dir / OUT))
         workers = stack.enter_context(ThreadPool(run.num_workers))
-        stop = stack.enter_context(stop_signals())
-        print_header(asdict(args), run.hparams, versions(run.device))
+        stop = stack.enter_context(catch_stop_signals())
+        print_header(asdict(args), run.hparams, find_versions(run.device))
         print(f"Images: {run.dataset.source}")
-        training: Training | None = None
+        loop: TrainingLoop | None = None
         try:
-            training = Training(run, held, workers, stop)
-            training.resume(before)
-            training.go()
+            loop = TrainingLoop(run, lock, workers, stop)
+            loop.resume(checkpoint)
+            loop.train()
         except Stopped as stopped:
-            where = f"after step {training.step}" if training else "before any step"
-            if training:
-                training.save_state()
-            print(f"{stopped}: stopped {where}; the same command goes on", flush=True)
+            if loop:
+                loop.save_checkpoint()
+            where = f"after step {loop.step}" if loop else "before any step"
+            print(f"{stopped}: stopped {where}; the same command resumes the run", flush=True)
             raise SystemExit(128 + stopped.number) from None
 
 
-class Training:
-    """The loop and its state: `step` is the last that was updated, `since` what was logged after the last record."""
+class TrainingLoop:
+    """An algorithm in training, and all that stands around its updates."""
 
-    def __init__(self, run: Plan, held: Claim, workers: ThreadPool, stop: Stop) -> None:
-        self.run, self.held, self.workers, self.stop = run, held, workers, stop
+    def __init__(self, run: RunSetup, lock: RunLock, workers: ThreadPool, stop: StopSignals) -> None:
+        self.run, self.lock, self.workers, self.stop = run, lock, workers, stop
         self.step = -1
-        self.since = Logged(run.device)
+        """Number of the last step that was done."""
+        self.metrics = MetricLog(run.device)
         self.recorded: list[int] = []
-        self.best = -math.inf
-        self.started, self.seconds_before = time.time(), 0.0
+        """Steps that have a record."""
+        self.best_accuracy = -math.inf
+        """Highest validation accuracy of a record so far, for `--keep best`."""
+        self.started, self.elapsed_before_s = time.time(), 0.0
         self.columns: list[str] = []
 
-        self.algorithm = untrained(run.recipe, run.args.seed).to(run.device)
-        trains = [p for p in self.algorithm.parameters() if p.requires_grad]
-        self.average = find_average(trains, run.hparams, run.steps)
-        self.climb = find_climb(self.algorithm, run.hparams)
-        speed_up(self.algorithm, run.device, run.args.compile, run.steps)
-        self.trainable = sum(p.numel() for p in trains)
+        self.algorithm = build_algorithm(run.model_spec, run.args.seed).to(run.device)
+        trainable = [p for p in self.algorithm.parameters() if p.requires_grad]
+        self.num_trainable = sum(p.numel() for p in trainable)
+        self.average = make_weight_average(trainable, run.hparams, run.steps)
+        self.perturb = make_perturbation(self.algorithm, run.hparams)
+        speed_up_training(self.algorithm, run.device, run.args.compile, run.steps)
         bf16 = run.args.precision == "bf16"
-        # A cached cast would outlive a climb, which moves the weight in place.
+        # Without a cache, since a cached cast would not follow a weight that a perturbation changes in place.
         self.cast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
-        batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
-        with evaluation(self.algorithm), self.cast, stop.at_once():
-            features = cached_features(run, self.algorithm, batch_size, workers)
-        if features and run.preprocess.augmentation == "none":
-            self.run = run.on(features)
-        environments = features or run.dataset.environments
-        self.scored = make_eval_loaders(environments, run.scored, batch_size, workers, max_images=limit, pin=run.on_gpu)
-        some = min(PROBE, limit or PROBE)
-        held_out = [EvalLoader(environments[i], run.split[i]["out"][:some], some) for i in run.train_envs]
-        self.probe = [loader[0].to(run.device, run.preprocess) for loader in held_out if len(loader)]
-        with evaluation(self.algorithm), self.cast:
-            self.diagnosis()  # before training, so that the method can fix its scales
 
-    def go(self) -> None:
-        """From the step after `self.step` to the end."""
-        run = self.run
-        if self.due():
-            self.record()
-        todo = range(self.step + 1, run.steps)
-        unlabeled = run.unlabeled_batches()
-        batches = zip(
-            todo,
-            self.workers.map(run.batches().__getitem__, todo),
-            self.workers.map(unlabeled.__getitem__, todo) if unlabeled else [None] * len(todo),
-            strict=True,
+        batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
+        with evaluation_mode(self.algorithm), self.cast, stop.raise_immediately():
+            features = load_features(run, self.algorithm, batch_size, workers)
+        environments = features or run.dataset.environments
+        if run.preprocess.augmentation == "none":
+            self.run = run.with_environments(environments)
+        self.eval_loaders = make_eval_loaders(
+            environments, run.scored_splits, batch_size, workers, max_images=limit, pin=run.on_gpu
         )
-        self.since.start()
-        for step, ours, extra in tqdm(batches, total=run.steps, initial=todo.start, disable=None, unit="step"):
-            seed_everything(seed_hash(run.args.seed, "update", step))  # dropout is a function of the step, too
-            minibatches = [batch.to(run.device, run.preprocess) for batch in ours]
-            unlabeled_x = None if extra is None else [batch.to(run.device, run.preprocess)[0] for batch in extra]
-            with self.cast:
-                self.since.add(self.update(step, minibatches, unlabeled_x))
+        count = min(DIAGNOSED_IMAGES, limit or DIAGNOSED_IMAGES)
+        loaders = [EvalLoader(environments[i], run.splits[i]["out"][:count], count) for i in run.train_envs]
+        self.diagnosed = [loader[0].to(run.device, run.preprocess) for loader in loaders if len(loader)]
+        with evaluation_mode(self.algorithm), self.cast:
+            self.algorithm.diagnose(self.diagnosed)  # before training, so that the method can fix its scales
+
+    def train(self) -> None:
+        """Do the steps that are left, save the model and mark the run as done."""
+        if self.is_record_due():
+            self.record()
+        self.metrics.restart_timer()
+        for step, minibatches, unlabeled in self.load_batches():
+            seed_everything(seed_hash(self.run.args.seed, "update", step))  # dropout is a function of the step
+            self.metrics.add(self.update(step, minibatches, unlabeled))
             if self.average is not None:
                 self.average.step()
             self.step = step
-            if self.due():
+            if self.is_record_due():
                 self.record()
             self.stop.check()
+        if not self.run.args.skip_model_save:
+            self.save_model(MODEL)
+        self.lock.check()
+        (self.run.output_dir / DONE).write_text("done")
+        (self.run.output_dir / CHECKPOINT).unlink(missing_ok=True)
 
-        if not run.args.skip_model_save:
-            self.save_model("model")
-        (run.output_dir / DONE).write_text("done")
-        (run.output_dir / checkpoint.FILE_NAME).unlink(missing_ok=True)
+    def load_batches(self) -> Iterator[tuple[int, list[Minibatch], list[Tensor] | None]]:
+        """Yield the number of every step that is left, its minibatches and its unlabeled images, on the device."""
+        run = self.run
+        steps = range(self.step + 1, run.steps)
+        labeled, unlabeled = run.make_train_loader(), run.make_unlabeled_loader()
+        batches = zip(
+            steps,
+            self.workers.map(labeled.__getitem__, steps),
+            self.workers.map(unlabeled.__getitem__, steps) if unlabeled else [None] * len(steps),
+            strict=True,
+        )
+        for step, ours, extra in tqdm(batches, total=run.steps, initial=steps.start, disable=None, unit="step"):
+            minibatches = [batch.to(run.device, run.preprocess) for batch in ours]
+            x = None if extra is None else [batch.to(run.device, run.preprocess)[0] for batch in extra]
+            yield step, minibatches, x
 
-    def update(self, step: int, minibatches: list[Any], unlabeled: list[Tensor] | None) -> Metrics:
-        """One step of the algorithm, and what it logs; errors say what to try."""
+    def update(self, step: int, minibatches: list[Minibatch], unlabeled: list[Tensor] | None) -> Metrics:
+        """Do one update of the algorithm and return what it logs."""
         try:
-            with self.climb(minibatches):
+            with self.cast, self.perturb(minibatches):
                 return self.algorithm.update(minibatches, unlabeled)
         except torch.cuda.OutOfMemoryError as error:
             parts = "a larger accumulate, " if "accumulate" in self.run.hparams else ""
             hint = f"try {parts}a smaller batch_size, --precision bf16, or --compile off"
             raise UsageError(f"out of GPU memory at step {step}: {hint} ({error})") from error
 
-    def due(self) -> bool:
-        """Whether the last step is to be recorded and is not."""
+    def is_record_due(self) -> bool:
+        """Return True if the last step needs a record and has none."""
         step = self.step
         at_checkpoint = step % self.run.checkpoint_freq == 0 or step == self.run.steps - 1
         return step >= 0 and at_checkpoint and step not in self.recorded
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """With the weights to score and to save, where those are not the ones that train."""
-        average = self.average
-        return contextlib.nullcontext() if average is None else holding(average.parameters, average.weights())
-
-    def validate(self) -> None:
-        """Tell an average that asks for it how the weights that train do; once a record, even one that is stopped."""
-        if self.average is None or not self.average.VALIDATES or "raw_val_loss" in self.since.values:
-            return
-        with self.stop.at_once(), evaluation(self.algorithm), self.cast:
-            scores = self.scores(self.validation_splits())
-        loss = validation_loss(scores, self.run.train_envs)
-        self.since.values["raw_val_loss"].append(loss)
-        self.average.validated(loss)  # out of `at_once`: no signal leaves it half done
-
-    def validation_splits(self) -> list[str]:
-        return [name for i in self.run.train_envs if (name := f"env{i}_out") in self.scored]
-
-    def scores(self, names: Iterable[str]) -> dict[str, Score]:
-        run = self.run
-        return {name: score(self.algorithm, self.scored[name], run.device, run.preprocess) for name in names}
-
-    def diagnosis(self) -> dict[str, float]:
-        """What the method says of validation images, where there are any."""
-        return self.algorithm.diagnose(self.probe) if self.probe else {}
-
     def record(self) -> None:
-        """Score every split, append the record, save the state."""
-        self.since.read(self.step)
-        self.validate()
-        run, step = self.run, self.step
-        record: dict[str, Any] = {"step": step, "epoch": step / run.steps_per_epoch}
-        record |= self.since.means()
-        with self.averaged(), self.stop.at_once(), evaluation(self.algorithm), self.cast:
-            record |= scored(self.scores(self.scored), run.train_envs)
-            record |= self.diagnosis()
-        record["mem_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30 if run.on_gpu else 0.0
-        record["elapsed_s"] = self.elapsed_s()
-        self.held.check()
+        """Append a record of the last step, and save models and the checkpoint."""
+        self.metrics.read(self.step)
+        self.validate_average()
+        record = self.make_record()
+        self.lock.check()
         self.columns = print_row(record, self.columns)
-        record |= {"hparams": run.hparams, "args": asdict(run.args), "versions": versions(run.device)}
-        record |= {"image_size": run.preprocess.size, "trainable_params": self.trainable, "protocol": run.protocol}
-        records.append(run.output_dir, record)
-        self.recorded.append(step)
-        self.keep_models(record)
-        self.save_state()  # with `since`: a record that is lost later is written again
-        self.since.clear()
+        records.append_record(self.run.output_dir, record)
+        self.recorded.append(self.step)
+        self.save_models(record)
+        self.save_checkpoint()  # with the metrics: if the record is lost, a resumed run writes it again
+        self.metrics.clear()
 
-    def keep_models(self, record: dict[str, Any]) -> None:
-        args, score = self.run.args, validation(record, self.run.train_envs)
+    def make_record(self) -> dict[str, Any]:
+        """Score all splits and return the record of the last step."""
+        run = self.run
+        with self.use_averaged_weights(), self.stop.raise_immediately(), evaluation_mode(self.algorithm), self.cast:
+            scores = self.score(self.eval_loaders)
+            diagnosis = self.algorithm.diagnose(self.diagnosed)
+        return {
+            "step": self.step,
+            "epoch": self.step / run.steps_per_epoch,
+            **self.metrics.means(),
+            **evaluation.make_score_columns(scores, run.train_envs),
+            **diagnosis,
+            "mem_gb": torch.cuda.max_memory_allocated(run.device) / 2**30 if run.on_gpu else 0.0,
+            "args": asdict(run.args),
+            "hparams": run.hparams,
+            "versions": find_versions(run.device),
+            "elapsed_s": self.elapsed_s(),
+            "image_size": run.preprocess.size,
+            "trainable_params": self.num_trainable,
+            "protocol": run.protocol,
+        }
+
+    def validate_average(self) -> None:
+        """Give the validation loss of the current weights to an average that asks for it, once per record."""
+        if self.average is None or not self.average.VALIDATES or "raw_val_loss" in self.metrics.values:
+            return
+        names = [name for i in self.run.train_envs if (name := f"env{i}_out") in self.eval_loaders]
+        with self.stop.raise_immediately(), evaluation_mode(self.algorithm), self.cast:
+            loss = evaluation.validation_loss(self.score(names), self.run.train_envs)
+        self.metrics.values["raw_val_loss"].append(loss)
+        self.average.add_validation_loss(loss)  # outside the context, so that no signal interrupts it
+
+    def score(self, names: Iterable[str]) -> dict[str, evaluation.SplitScore]:
+        """Score the splits called `names`, with the weights as they are."""
+        loaders, run = self.eval_loaders, self.run
+        return {
+            name: evaluation.score_split(self.algorithm, loaders[name], run.device, run.preprocess) for name in names
+        }
+
+    def use_averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the algorithm has the weights to score and save, which an average may change."""
+        if self.average is None:
+            return contextlib.nullcontext()
+        return swap_weights(self.average.parameters, self.average.averaged_weights())
+
+    def save_models(self, record: dict[str, Any]) -> None:
+        """Save the models that the flags ask for at a record."""
+        args, accuracy = self.run.args, evaluation.validation_accuracy(record, self.run.train_envs)
         if args.save_model_every_checkpoint and not args.skip_model_save:
-            self.save_model(f"model_step{record['step']}")
-        if args.keep == "best" and not args.skip_model_save and score > self.best:
-            self.best = score
-            self.save_model("model_best")
+            self.save_model(STEP_MODEL.format(step=self.step))
+        if args.keep == "best" and not args.skip_model_save and accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+            self.save_model(BEST_MODEL)
 
     def save_model(self, name: str) -> None:
-        full = self.run.args.save == "full"
-        with self.averaged():
-            save_model(self.run.output_dir / f"{name}.safetensors", self.algorithm, self.run.recipe, full=full)
+        run = self.run
+        self.lock.check()
+        with self.use_averaged_weights():
+            save_model(run.output_dir / name, self.algorithm, run.model_spec, full=run.args.save == "full")
 
-    def save_state(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Write the state after the last step, unless there was none."""
         if self.step < 0:
             return
-        self.since.read(self.step)
-        progress: dict[str, Any] = {"step": self.step, "since": dict(self.since.values), "best": self.best}
-        progress |= {"elapsed_s": self.elapsed_s(), "average": self.average and self.average.state()}
-        self.held.check()
-        checkpoint.save(self.run.output_dir, self.algorithm, progress | {"args": records_args(self.run.args)})
+        self.metrics.read(self.step)
+        self.lock.check()
+        progress = {
+            "step": self.step,
+            "since": dict(self.metrics.values),
+            "best": self.best_accuracy,
+            "elapsed_s": self.elapsed_s(),
+            "average": self.average and self.average.state_dict(),
+            "args": asdict(self.run.args),
+        }
+        save_checkpoint(self.run.output_dir, self.algorithm, progress)
 
-    def resume(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint; records that it does not know of are dropped."""
-        self.recorded = records.truncate(self.run.output_dir, state["step"] if state else -1)
-        if state is None:
+    def resume(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go back to the state of a checkpoint, None: the start; records of later steps are dropped."""
+        self.lock.check()
+        self.recorded = records.truncate_records(self.run.output_dir, checkpoint["step"] if checkpoint else -1)
+        if checkpoint is None:
             return
-        self.algorithm.load_training_state(state["algorithm"])
+        self.algorithm.load_training_state(checkpoint["algorithm"])
         if self.average is not None:
-            self.average.load_state(state["average"])
-        self.step, self.best, self.seconds_before = state["step"], state["best"], state["elapsed_s"]
-        self.since.values.update({} if self.step in self.recorded else state["since"])
+            self.average.load_state_dict(checkpoint["average"])
+        self.step, self.best_accuracy = checkpoint["step"], checkpoint["best"]
+        self.elapsed_before_s = checkpoint["elapsed_s"]
+        if self.step not in self.recorded:
+            self.metrics.values.update(checkpoint["since"])
         print(f"Resumed after step {self.step}")
 
     def elapsed_s(self) -> float:
-        """Wall-clock seconds of the run, over all times that it was resumed."""
-        return self.seconds_before + time.time() - self.started
-
-
-def find_before(run: Plan) -> dict[str, Any] | None:
-    """The checkpoint in the run's folder, if any; `UsageError` where the folder holds another run."""
-    # DEVIATION: DomainBed appends a second run to the records of the first.
-    state = checkpoint.load(run.output_dir)
-    written = records.load_run(run.output_dir)
-    if state or written:
-        there = state["args"] if state else written[0].get("args", {})
-        checkpoint.check_same_run(run.output_dir, there, records_args(run.args))
-    return state
-
-
-def records_args(args: RunArgs) -> dict[str, Any]:
-    """The arguments as records have them."""
-    return {key: checkpoint.plain(value) for key, value in asdict(args).items()}
-
-
-def validation(record: dict[str, Any], train_envs: list[int]) -> float:
-    """Training-domain validation: mean accuracy on the `out` splits of the training environments."""
-    return float(np.mean([record.get(f"env{i}_out_acc", math.nan) for i in train_envs]))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every global generator."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def untrained(recipe: Recipe, seed: int) -> Algorithm:
-    """The algorithm as a run of this seed starts, on the CPU: what has random weights has the same."""
-    seed_everything(seed)
-    return build(recipe)
+        """Return the wall-clock seconds of the run, without the time between a stop and the next start."""
+        return self.elapsed_before_s + time.time() - self.started

@@ -1,12 +1,15 @@
-"""A trained model on disk: what training changed, and the recipe that rebuilds the rest."""
+"""Building an algorithm from its specification, and model files: the specification and the weights."""
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -14,11 +17,12 @@ from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.files import replace_atomically
 from domainbed_hp.hparams_registry import DeclaredHparams
 from domainbed_hp.registry import UsageError
+from domainbed_hp.run_dir import MODEL
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything an algorithm is built from, its trained weights aside."""
+class ModelSpec:
+    """Everything that an algorithm is built from, except its trained weights."""
 
     algorithm: str
     hparams: dict[str, Any]
@@ -26,36 +30,48 @@ class Recipe:
     image_size: int
     class_names: tuple[str, ...]
     num_domains: int
-    """Training environments."""
+    """Number of training environments."""
 
 
-def build(recipe: Recipe) -> Algorithm:
-    """The algorithm, told also its number of steps and the class names, for which DomainBed has no channel."""
-    told = recipe.hparams | {"class_names": list(recipe.class_names), "steps": recipe.steps}
-    shape = (3, recipe.image_size, recipe.image_size)
-    hparams = DeclaredHparams(recipe.algorithm, told)
-    return get_algorithm_class(recipe.algorithm)(shape, len(recipe.class_names), recipe.num_domains, hparams)
+def build_algorithm(spec: ModelSpec, seed: int | None = None) -> Algorithm:
+    """Build an algorithm on the CPU, with the initial weights of a run of `seed`; None: of the generators' state.
+
+    The hparams that it gets also hold `class_names` and `steps`, for which DomainBed's constructor has no argument.
+    """
+    if seed is not None:
+        seed_everything(seed)
+    values = spec.hparams | {"class_names": list(spec.class_names), "steps": spec.steps}
+    hparams = DeclaredHparams(spec.algorithm, values)
+    shape = (3, spec.image_size, spec.image_size)
+    return get_algorithm_class(spec.algorithm)(shape, len(spec.class_names), spec.num_domains, hparams)
 
 
-def save_model(path: Path, algorithm: Algorithm, recipe: Recipe, *, full: bool = False) -> None:
-    """What training changed, or with `full` everything, as safetensors; the recipe in the header rebuilds the rest."""
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def save_model(path: Path, algorithm: Algorithm, spec: ModelSpec, *, full: bool = False) -> None:
+    """Write the weights that training changed, or with `full` all weights, as safetensors with `spec` in the header."""
     state = algorithm.state_dict() if full else algorithm.trained_state()
     with replace_atomically(path) as temporary:
-        # Cloned: of tensors that share memory safetensors takes one alone.
+        # Clones, because safetensors refuses tensors that share memory.
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-        save_file(tensors, temporary, metadata={"recipe": json.dumps(asdict(recipe))})
+        save_file(tensors, temporary, metadata={"recipe": json.dumps(asdict(spec))})
 
 
-def load_model(run_dir: Path) -> tuple[Algorithm, Recipe]:
-    """A trained algorithm, in evaluation mode, and its recipe."""
-    path = run_dir / "model.safetensors"
+def load_model(run_dir: Path) -> tuple[Algorithm, ModelSpec]:
+    """Return the trained algorithm of a finished run, in evaluation mode, and its specification."""
+    path = run_dir / MODEL
     if not path.is_file():
-        raise UsageError(f"{run_dir}: no model.safetensors. Has the run ended, and without --skip_model_save?")
+        raise UsageError(f"{run_dir}: no {MODEL} there. Has the run ended, and without --skip_model_save?")
     with safe_open(path, "pt") as file:
-        recipe = Recipe(**json.loads(file.metadata()["recipe"]))
+        spec = ModelSpec(**json.loads(file.metadata()["recipe"]))
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    algorithm = build(recipe)
+    algorithm = build_algorithm(spec)
     unexpected = algorithm.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
-        raise UsageError(f"{path}: has {unexpected[:3]}, which {recipe.algorithm} with its hparams does not know")
-    return algorithm.eval(), recipe
+        raise UsageError(f"{path}: tensors {unexpected[:3]} do not exist in {spec.algorithm} with the file's hparams")
+    return algorithm.eval(), spec

@@ -1,4 +1,4 @@
-"""What a run prints: to the terminal, and to `out.txt` in its folder."""
+"""The text that a run prints, on the terminal and in `out.txt` in its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +18,11 @@ import domainbed_hp
 from domainbed_hp.files import cpu_count
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What a number depends on besides the arguments."""
+def find_versions(device: torch.device) -> dict[str, str]:
+    """Return the software and hardware that a run's numbers depend on."""
     return {
-        "commit": commit(),
-        "hardware": hardware(device),
+        "commit": find_commit(),
+        "hardware": describe_hardware(device),
         "domainbed_hp": domainbed_hp.__version__,
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -31,20 +31,20 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 @cache
-def commit() -> str:
-    """The commit that this package's files are of, with a + where they differ from it; "none": not a checkout."""
+def find_commit() -> str:
+    """Return the commit of this package's checkout, with a + if files differ from it; "none" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        # A checkout that the package is only installed in does not track this file.
+        # This fails in a checkout of another project that the package is only installed in.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
-        asked = [*git, "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
-        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+        describe = [*git, "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
 
 
-def hardware(device: torch.device) -> str:
-    """The GPU by its name, or the CPU and how many of its cores this process may use."""
+def describe_hardware(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU with the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, StopIteration):
@@ -54,33 +54,36 @@ def hardware(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {cpu_count()} cores"
 
 
-def print_header(args: dict[str, Any], hparams: dict[str, Any], made_by: dict[str, str]) -> None:
-    """What is run with what."""
-    for title, table in (("Environment", made_by), ("Args", args), ("HParams", hparams)):
+def print_header(args: dict[str, Any], hparams: dict[str, Any], versions: dict[str, str]) -> None:
+    """Print the versions, the arguments and the hparams of a run."""
+    for title, table in (("Environment", versions), ("Args", args), ("HParams", hparams)):
         print(f"{title}:")
         for name, value in sorted(table.items()):
             print(f"\t{name}: {value}")
 
 
-def print_row(record: dict[str, Any], columns: list[str]) -> list[str]:
-    """One row of numbers, under a header where the columns are new; returns the columns."""
-    if sorted(record) != columns:
-        columns = sorted(record)
-        print("  ".join(name.ljust(12) for name in columns))
-    cells = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in (record[name] for name in columns)]
-    print("  ".join(cell.ljust(max(12, len(name))) for cell, name in zip(cells, columns, strict=True)), flush=True)
-    return columns
+def print_row(record: Mapping[str, Any], columns: list[str]) -> list[str]:
+    """Print the step and the floats of a record as a row of a table, and return the names of its columns.
+
+    A header is printed if the names differ from `columns`, those of the row before.
+    """
+    cells = {name: f"{value:.6g}" for name, value in sorted(record.items()) if isinstance(value, float)}
+    cells = {"step": str(record["step"])} | cells
+    if list(cells) != columns:
+        print("  ".join(name.ljust(12) for name in cells))
+    print("  ".join(cell.ljust(max(12, len(name))) for name, cell in cells.items()), flush=True)
+    return list(cells)
 
 
 @contextlib.contextmanager
-def log_to(output_dir: Path) -> Iterator[None]:
-    """Copy what is printed to `out.txt`."""
-    with open(output_dir / "out.txt", "a") as out, contextlib.redirect_stdout(Tee(out)):
+def copy_stdout(path: Path) -> Iterator[None]:
+    """Append everything that is printed to a file, too."""
+    with open(path, "a") as file, contextlib.redirect_stdout(Tee(file)):
         yield
 
 
 class Tee:
-    """Standard output and a file."""
+    """A stream that writes to standard output and to a file."""
 
     def __init__(self, file: Any) -> None:
         self.targets = (sys.stdout, file)

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization of any algorithm. Hparam `sharpness`.
+"""Sharpness-aware minimization of any algorithm, hparam `sharpness`.
 
 SAM: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021.
 DISAM: Zhang et al., "Domain-Inspired Sharpness-Aware Minimization Under Domain Shifts", ICLR 2024.
@@ -22,16 +22,16 @@ from domainbed_hp.registry import SHARPNESS, load
 
 
 class SAM:
-    """Before an update, climb from the weights w to w + rho g / |g|; its step then starts from w again.
+    """Before an update, move the weights w to w + rho g / |g|; the optimizer's step then starts from w again.
 
-    g is the gradient of the mean of the source domains' cross-entropies. So the gradients of `update`, whatever its
-    loss, are those at the climbed point. An algorithm that steps more than once in an update climbs for the first step.
+    g is the gradient of the cross-entropy, mean over source domains. The gradients of `update`, whatever its loss,
+    are therefore taken at the moved weights. If an update has several optimizer steps, only the first one is affected.
     """
 
-    # DEVIATION: SAM climbs the loss that it minimizes; this is cross-entropy of what `predict` says, for all, without
-    # an algorithm's own terms (DPL's prompts are then per image).
+    # DEVIATION: SAM perturbs by the loss that it minimizes. Here it is the cross-entropy of `predict` for every
+    # algorithm, without the algorithm's own terms (DPL's prompts then differ between images).
     HPARAMS: ClassVar[dict[str, HParam]] = {
-        "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: rho, length of the climb", at_least=0)
+        "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: rho, length of the perturbation", at_least=0)
     }
 
     def __init__(self, algorithm: Algorithm, hparams: dict[str, Any]) -> None:
@@ -39,42 +39,42 @@ class SAM:
 
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
-        """`UsageError` for hparams that do not go together, before anything is built."""
+        """Raise `UsageError` for hparams that do not fit together."""
 
     def objective(self, losses: Tensor) -> Tensor:
-        """What is climbed, of the domains' losses (K,)."""
+        """Return the scalar that the perturbation increases, from the losses of the domains (K,)."""
         return losses.mean()
 
     @contextlib.contextmanager
-    def __call__(self, minibatches: list[Minibatch]) -> Iterator[None]:
-        """Around `update`: climb, and return before the first step of an optimizer, or else at the end."""
+    def perturb(self, minibatches: list[Minibatch]) -> Iterator[None]:
+        """Move the weights; restore them before the first step of any optimizer, at the latest at the end."""
         parameters = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = [p.detach().clone() for p in parameters]
 
-        def back(*_: Any) -> None:
+        def restore(*_: Any) -> None:
             with torch.no_grad():
                 for parameter, value in zip(parameters, own, strict=True):
                     parameter.copy_(value)
-            own.clear()  # once
+            own.clear()  # later calls restore nothing
             parameters.clear()
 
-        self.climb(minibatches, parameters)
-        hook = register_optimizer_step_pre_hook(back)  # any optimizer: an algorithm may make them as it goes
+        self._move(minibatches, parameters)
+        hook = register_optimizer_step_pre_hook(restore)  # of all optimizers: an update may create one
         try:
             yield
         finally:
             hook.remove()
-            back()
+            restore()
 
-    def climb(self, minibatches: list[Minibatch], parameters: list[torch.nn.Parameter]) -> None:
+    def _move(self, minibatches: list[Minibatch], parameters: list[torch.nn.Parameter]) -> None:
         if not parameters:
             return
         with restore_batch_norms(self.algorithm):  # a batch norm counts the images of a step once
-            losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])
-            if not losses.requires_grad:  # a text side that trains by a loss of its own
+            losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])  # (K,)
+            if not losses.requires_grad:  # only a text side with a loss of its own trains
                 return
-            found = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
-        moves = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+            gradients = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
+        moves = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         length = torch.stack([g.norm() for _, g in moves]).norm()
         with torch.no_grad():
             for parameter, gradient in moves:
@@ -82,22 +82,22 @@ class SAM:
 
 
 class DISAM(SAM):
-    """The climb leaves out what pulls the domains apart: of mean(L_i) - lambda Var(L_i), L_i the loss of domain i."""
+    """SAM whose perturbation increases mean(L_i) - lambda Var(L_i), with L_i the loss of domain i."""
 
     HPARAMS = SAM.HPARAMS | {
-        "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: lambda, of the variance", at_least=0)
+        "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: lambda, weight of the variance", at_least=0)
     }
 
     def objective(self, losses: Tensor) -> Tensor:
-        spread: Tensor = self.hparams["disam_weight"] * losses.var(correction=0)
-        return losses.mean() - spread
+        variance: Tensor = self.hparams["disam_weight"] * losses.var(correction=0)
+        return losses.mean() - variance
 
 
-def find_climb(
+def make_perturbation(
     algorithm: Algorithm, hparams: dict[str, Any]
 ) -> Callable[[list[Minibatch]], contextlib.AbstractContextManager[Any]]:
-    """What to put around every update, by hparam `sharpness`."""
+    """Return the context manager that hparam `sharpness` puts around every update."""
     if hparams["sharpness"] == "none":
         return contextlib.nullcontext
-    found: SAM = load(SHARPNESS, "sharpness", hparams["sharpness"])(algorithm, hparams)
-    return found
+    sam: SAM = load(SHARPNESS, "sharpness", hparams["sharpness"])(algorithm, hparams)
+    return sam.perturb

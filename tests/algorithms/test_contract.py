@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.registry import ALGORITHMS, PROMPTS, UsageError
-from domainbed_hp.training.evaluation import evaluation
+from domainbed_hp.training.evaluation import evaluation_mode
 
 IMAGE_SIDES = [name for name in ALGORITHMS if name != "ERM"]
 STARTS_AS_ZERO_SHOT = {"ZeroShotCLIP", "FrozenCLIP", "FineTuneCLIP", "FLYP", "CLIPood", "MIRO", "CLIPLoRA", "LoRA"}
@@ -113,7 +113,7 @@ def snapshot(algorithm: Algorithm) -> dict[str, torch.Tensor]:
 def trained(each: Case) -> Algorithm:
     algorithm = build(each)
     for step in range(2):
-        with evaluation(algorithm):  # between steps, as at records: training goes on
+        with evaluation_mode(algorithm):  # between steps, as at records: training goes on
             algorithm.predict(images(1))
         torch.manual_seed(step)
         algorithm.update(batches(FEW, seed=step))

@@ -3,18 +3,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from leases import leave_lease
 
 from domainbed_hp import run_dir
 from domainbed_hp.launchers import dummy, local, multi_gpu, slurm
-from domainbed_hp.launchers.processes import LOG
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import EXIT_TAKEN
+from domainbed_hp.run_dir import EXIT_TAKEN, LAUNCH_LOG
 
 ROOT = Path(__file__).parents[2]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -96,10 +97,51 @@ def test_what_is_done_or_running_is_not_started(tmp_path: Path, capfd: pytest.Ca
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "done").write_text("done")
     commands = [child("raise RuntimeError", tmp_path / name) for name in ("done", "running")]
-    with run_dir.claim(tmp_path / "running"):
+    with run_dir.RunLock(tmp_path / "running"):
         assert local.launch(commands) == [EXIT_TAKEN, EXIT_TAKEN]
     assert capfd.readouterr().err == ""
-    assert not list(tmp_path.rglob(LOG))
+    assert not list(tmp_path.rglob(LAUNCH_LOG))
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a job that seems to run on another host; a lease lasts 0.5 s."""
+    monkeypatch.setattr(run_dir, "LEASE_S", 0.5)
+    leave_lease(tmp_path / "remote")
+    return tmp_path / "remote"
+
+
+# Notes that it ran.
+NOTE = """
+    import pathlib, sys
+    with open("order", "a") as file: file.write(pathlib.Path(sys.argv[2]).name + " ")
+"""
+
+
+def test_a_job_of_another_host_that_lives_is_not_started(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(remote.parent)
+    dead = threading.Event()
+
+    def live() -> None:
+        while not dead.wait(0.1):
+            os.utime(remote / run_dir.LOCK)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    commands = [child(NOTE, remote.parent / name) for name in ("remote", "a", "b")]
+    assert local.launch(commands, max_parallel=1) == [EXIT_TAKEN, 0, 0]
+    assert Path("order").read_text() == "a b "
+    dead.set()
+    thread.join()
+
+
+def test_a_job_that_another_host_left_comes_last_and_once(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(remote.parent)
+    leave_lease(remote.with_name("too"))
+    commands = [child(NOTE, remote.parent / name) for name in ("remote", "too", "a")]
+    start = time.monotonic()
+    assert local.launch(commands, max_parallel=1) == [0, 0, 0]
+    assert Path("order").read_text() == "a remote too " and time.monotonic() - start < 2, "they are watched together"
 
 
 def test_a_job_that_another_launcher_has_is_no_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -114,8 +156,8 @@ def test_a_failed_job_is_reported_and_the_others_go_on(tmp_path: Path, capfd: py
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines()[0] == f"failed with exit code 1: {tmp_path / 'bad'}"
-    assert err.splitlines()[1] == f"    RuntimeError: the reason (all of it: {tmp_path / 'bad' / LOG})"
-    assert "Traceback" in (tmp_path / "bad" / LOG).read_text()
+    assert err.splitlines()[1] == f"    RuntimeError: the reason (all of it: {tmp_path / 'bad' / LAUNCH_LOG})"
+    assert "Traceback" in (tmp_path / "bad" / LAUNCH_LOG).read_text()
     assert list((tmp_path / "good").iterdir()) == []
 
 
@@ -136,7 +178,7 @@ def test_the_reason_is_that_of_this_launch(tmp_path: Path, capfd: pytest.Capture
     local.launch([child("import os; os._exit(3)", tmp_path)])
     lines = capfd.readouterr().err.splitlines()[1::2]
     assert lines == ["    the first", "    the second", "    it wrote nothing to stderr"]
-    assert (tmp_path / LOG).read_text() == "the first\nthe second\n"
+    assert (tmp_path / LAUNCH_LOG).read_text() == "the first\nthe second\n"
 
 
 def test_the_reason_that_a_run_left_wins(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +305,7 @@ def test_a_second_job_on_a_gpu_after_one_on_each(tmp_path: Path, two_gpus: None)
 )
 def test_visible_gpus(visible: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert multi_gpu.gpus() == found
+    assert multi_gpu.find_gpus() == found
 
 
 @pytest.mark.parametrize("visible", ["", "-1", ",0"])
@@ -294,7 +336,7 @@ def test_gpus_of_the_machine(tools: Path) -> None:
         tools / "nvidia-smi",
         "#!/bin/sh\necho 'GPU 0: A (UUID: GPU-1)'\necho '  MIG 1g'\necho 'GPU 1: A (UUID: GPU-2)'\n",
     )
-    assert multi_gpu.gpus() == ["0", "1"]
+    assert multi_gpu.find_gpus() == ["0", "1"]
 
 
 @POSIX
@@ -302,10 +344,10 @@ def test_torch_counts_where_nvidia_smi_cannot(tools: Path, monkeypatch: pytest.M
     put(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     put(tools / "python", "#!/bin/sh\ncase $2 in *torch.cuda.device_count*) echo 3;; esac\n")
     monkeypatch.setattr(sys, "executable", str(tools / "python"))
-    assert multi_gpu.gpus() == ["0", "1", "2"]
+    assert multi_gpu.find_gpus() == ["0", "1", "2"]
     put(tools / "python", "#!/bin/sh\nexit 1\n")
     with pytest.raises(UsageError, match="this machine has none that nvidia-smi or torch can see"):
-        multi_gpu.gpus()
+        multi_gpu.find_gpus()
 
 
 @pytest.mark.parametrize(
@@ -313,15 +355,15 @@ def test_torch_counts_where_nvidia_smi_cannot(tools: Path, monkeypatch: pytest.M
     [("90", 90), ("90:01", 91), ("2:00:00", 120), ("1:30:01", 91), ("1-12", 2160), ("1-0:5", 1445), ("0-1:0:1", 61)],
 )
 def test_times_of_slurm(text: str, minutes: int) -> None:
-    assert slurm.sbatch_options({"time": text}) == {"requeue": True, "time": minutes}
-    assert slurm.minutes_of(text) == minutes
+    assert slurm.parse_options({"time": text}) == {"requeue": True, "time": minutes}
+    assert slurm.parse_minutes(text) == minutes
 
 
 def test_options_of_slurm() -> None:
     given = {"timeout-min": "30", "gpus-per-node": "1", "exclusive": "", "mem": "8G", "requeue": "true"}
     options = {"requeue": True, "time": 30, "gpus_per_node": "1", "exclusive": True, "mem": "8G"}
-    assert slurm.sbatch_options(given) == options
-    assert slurm.sbatch_options({})["time"] == 240
+    assert slurm.parse_options(given) == options
+    assert slurm.parse_options({})["time"] == 240
 
 
 @pytest.mark.parametrize("time", ["soon", "1-", "1:2:3:4", "-5", "4", "4:00", "0-0:4"])

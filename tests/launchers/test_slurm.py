@@ -130,7 +130,7 @@ def job(folder: Path, code: str = "") -> list[str]:
 
 def running(count: int) -> list[str]:
     """Slurm's ids, when so many jobs run."""
-    return wait_for(lambda: (ids := [i for i, s in slurm.states().items() if s == "RUNNING"])[count - 1 :] and ids)
+    return wait_for(lambda: (ids := [i for i, s in slurm.read_states().items() if s == "RUNNING"])[count - 1 :] and ids)
 
 
 SWEEP = """
@@ -157,9 +157,9 @@ def test_a_sweep_is_done_whatever_the_cluster_does(
 
     first = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ids = running(3)
-    folders = {name: Path("sweep", name) for name in slurm.in_queue(Path("sweep/slurm"))}
+    folders = {name: Path("sweep", name) for name in slurm.find_queued(Path("sweep/slurm"))}
     assert len(folders) == 12
-    of = {number: folders[name] for name, number in slurm.in_queue(Path("sweep/slurm")).items()}
+    of = {number: folders[name] for name, number in slurm.find_queued(Path("sweep/slurm")).items()}
     cancelled, requeued, preempted = (of[i] for i in ids[:3])
     for i in ids:
         wait_for(lambda i=i: (of[i] / "results.jsonl").exists())
@@ -170,14 +170,14 @@ def test_a_sweep_is_done_whatever_the_cluster_does(
     _, error = first.communicate(timeout=170)
     assert first.returncode == 1, error
     assert f"stopped by SIGTERM, goes on when it is launched again: {cancelled}" in error
-    states = {folder: run_dir.state(folder) for folder in folders.values()}
+    states = {folder: run_dir.read_state(folder) for folder in folders.values()}
     assert states.pop(cancelled) is State.INCOMPLETE
     assert set(states.values()) == {State.DONE}
 
     second = subprocess.run(launch, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     for folder in folders.values():
-        assert run_dir.state(folder) is State.DONE
+        assert run_dir.read_state(folder) is State.DONE
         steps = [json.loads(line)["step"] for line in (folder / "results.jsonl").read_text().splitlines()]
         assert steps in ([0, 50, 100, 149], [0]), "every record once"
     for folder in (cancelled, requeued, preempted):

@@ -15,7 +15,7 @@ from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.export import main as export
 from domainbed_hp.scripts.train import main as train
-from domainbed_hp.training.model_io import Recipe, save_model
+from domainbed_hp.training.model_io import ModelSpec, save_model
 
 STOCK = """
 import sys, torch, open_clip
@@ -54,7 +54,7 @@ def test_exported_folder_gives_the_same_logits(tmp_path: Path, algorithm: str, h
     if algorithm == "FineTuneCLIP":
         model.update([(images(4), torch.tensor([0, 1, 2, 0]))])
     told = {k: v for k, v in model.hparams.items() if k != "class_names"}
-    recipe = Recipe(algorithm, told, 1, 64, tuple(model.hparams["class_names"]), 3)
+    recipe = ModelSpec(algorithm, told, 1, 64, tuple(model.hparams["class_names"]), 3)
     (tmp_path / "run").mkdir()
     save_model(tmp_path / "run" / "model.safetensors", model, recipe)
     assert run(export, [str(tmp_path / "run"), str(tmp_path / "clip")]) == 0
@@ -72,7 +72,7 @@ def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     erm = ["--algorithm", "ERM", "--dataset", "Debug28", "--steps", "1", "--output_dir", str(tmp_path / "erm")]
     assert run(train, erm) == 0
     assert run(export, [str(tmp_path / "erm"), str(tmp_path / "clip")]) == 2
-    assert "ERM is no CLIP" in capsys.readouterr().err
+    assert "ERM has no CLIP to export" in capsys.readouterr().err
 
 
 @pytest.mark.slow

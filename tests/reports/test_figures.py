@@ -134,7 +134,7 @@ def test_a_run_with_gates_whose_records_have_none_is_said(tmp_path):
     found = gated(tmp_path, (0.5, None))
     drawn = figures.draw_figures(found, tables.build_tables(found, IIDAccuracy), notes=(notes := []))
     assert not any("gates" in name for name in drawn)
-    assert [note.endswith(f"before records held gates: {tmp_path / 'run'}") for note in notes] == [True]
+    assert [note.endswith(f"(made by an earlier version): {tmp_path / 'run'}") for note in notes] == [True]
 
 
 def test_plot_writes_png_and_pdf(tmp_path, capsys):

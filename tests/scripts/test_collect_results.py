@@ -239,7 +239,7 @@ def test_what_cannot_be_written_is_a_note(four_runs, capsys):
     assert collect(four_runs) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Total records: 4\n")
-    assert f"note: {four_runs / 'results.txt'} is not written: Is a directory\n" in err
+    assert f"note: {four_runs / 'results.txt'}: cannot be written: Is a directory\n" in err
     assert collect(four_runs, "--missing", four_runs) == 2
 
 

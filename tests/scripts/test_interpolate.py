@@ -31,8 +31,8 @@ def test_alphas_of_a_run_are_what_runs_with_wise_record(
     mixed = tmp_path / "mixed"
     assert run(main, [str(trained), "--alphas", "0", "0.3", "1", "--output_dir", str(mixed)]) == 0
     table = capsys.readouterr().out
-    last = records.load_run(trained)[-1]
-    found = {a: records.load_run(mixed / f"run-alpha-{float(a)!r}") for a in ("0", "0.3", "1")}
+    last = list(records.read_records(trained))[-1]
+    found = {a: list(records.read_records(mixed / f"run-alpha-{float(a)!r}")) for a in ("0", "0.3", "1")}
     assert all(len(each) == 1 for each in found.values())
     assert accuracies(found["1"][0]) == accuracies(last)
     assert found["1"][0]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
@@ -75,4 +75,4 @@ def test_what_cannot_be_interpolated_is_refused(
     (tmp_path / "domainbed").mkdir()
     (tmp_path / "domainbed" / "results.jsonl").write_text('{"args": {"algorithm": "ERM"}, "step": 0}\n')
     assert run(main, [str(tmp_path / "domainbed")]) == 2
-    assert "not a run of this version" in capsys.readouterr().err
+    assert "no model.safetensors" in capsys.readouterr().err

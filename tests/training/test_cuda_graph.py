@@ -14,10 +14,10 @@ from domainbed_hp.algorithms.lpft import LPFT
 from domainbed_hp.networks.fused import fused_adamw
 from domainbed_hp.registry import UsageError
 from domainbed_hp.training import cuda_graph
-from domainbed_hp.training.cuda_graph import COMPILE_STEPS, Captured, can_compile, speed_up
-from domainbed_hp.training.evaluation import evaluation
+from domainbed_hp.training.cuda_graph import COMPILE_STEPS, CudaGraphStep, can_compile, speed_up_training
+from domainbed_hp.training.evaluation import evaluation_mode
 from domainbed_hp.training.sharpness import SAM
-from domainbed_hp.training.weight_averaging import holding
+from domainbed_hp.training.weight_averaging import swap_weights
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -43,7 +43,7 @@ def losses(device: torch.device, choice: str, steps: int, name: str, bf16: bool 
     """Of `steps` updates: sums of what each logs."""
     torch.manual_seed(0)
     algorithm: Algorithm = make(name, steps=steps, **hparams).to(device)
-    speed_up(algorithm, device, choice, steps)
+    speed_up_training(algorithm, device, choice, steps)
     found = []
     for step in range(steps):
         torch.manual_seed(step)
@@ -64,8 +64,8 @@ def test_compiled_steps_on_the_cpu() -> None:
 
 def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
     algorithm = make("HeadPurification")
-    speed_up(algorithm, CPU, "auto", COMPILE_STEPS)
-    assert "forward" not in vars(algorithm.tower.blocks[0]) and "gradients" not in vars(algorithm)
+    speed_up_training(algorithm, CPU, "auto", COMPILE_STEPS)
+    assert "forward" not in vars(algorithm.tower.blocks[0]) and "compute_gradients" not in vars(algorithm)
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_gpu_compiles_only_where_triton_can_build(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cuda_graph.Path, "exists", lambda path: False)
     assert not can_compile(gpu)
     with pytest.raises(UsageError, match="Python's headers"):
-        speed_up(make("LoRA"), gpu, "on", 1)
+        speed_up_training(make("LoRA"), gpu, "on", 1)
 
 
 def test_a_subclass_says_for_itself_that_its_steps_can_be_captured() -> None:
@@ -129,8 +129,8 @@ def test_fifty_steps_on_a_gpu(hparams: dict[str, Any], choice: str, bf16: bool) 
 def test_a_new_shape_is_captured_anew() -> None:
     device = torch.device("cuda")
     algorithm = make("LoRA").to(device)
-    speed_up(algorithm, device, "auto", 1)
-    assert isinstance(algorithm.compute_gradients, Captured)
+    speed_up_training(algorithm, device, "auto", 1)
+    assert isinstance(algorithm.compute_gradients, CudaGraphStep)
     for sizes in ((4, 4, 4), (4, 4, 4), (3, 4, 2)):
         algorithm.update([(x.to(device), y.to(device)) for x, y in batches(sizes)])
         assert algorithm.compute_gradients.shapes == [(torch.Size((n, 3, 64, 64)), torch.Size((n,))) for n in sizes]
@@ -143,16 +143,16 @@ def test_what_happens_between_steps_is_seen_by_the_next(device: torch.device) ->
     for choice in ("off", "auto"):
         here, there = (make("HeadPurification", seed, sharpness="sam", lr=0.01).to(device) for seed in (0, 1))
         for algorithm in (here, there):
-            speed_up(algorithm, device, choice, 1)
+            speed_up_training(algorithm, device, choice, 1)
 
         def step(algorithm: Algorithm, i: int) -> float:
             minibatches = [(x.to(device), y.to(device)) for x, y in batches((2, 2, 2), seed=i)]
-            with SAM(algorithm, algorithm.hparams)(minibatches):
+            with SAM(algorithm, algorithm.hparams).perturb(minibatches):
                 return sum(float(value) for value in algorithm.update(minibatches).values())
 
         found[choice] = [step(here, i) for i in range(2)]
         trains = [p for p in here.parameters() if p.requires_grad]
-        with holding(trains, [torch.ones_like(p) for p in trains]), evaluation(here):
+        with swap_weights(trains, [torch.ones_like(p) for p in trains]), evaluation_mode(here):
             here.predict(images(2).to(device))
         step(there, 0)
         there.load_training_state(copy.deepcopy(here.training_state()))

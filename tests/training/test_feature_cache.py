@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from domainbed_hp.algorithms.frozen_clip import FrozenCLIP
 from domainbed_hp.datasets.loading.loader import Batch, EvalLoader, TrainLoader
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_args import RunArgs
-from domainbed_hp.scripts.train import parser
-from domainbed_hp.sweep.spec import CHOICES, Row, SweepSpec, make_jobs
+from domainbed_hp.sweep.spec import SweepSpec, make_jobs
 from domainbed_hp.training import feature_cache as features_module
-from domainbed_hp.training.evaluation import evaluation
-from domainbed_hp.training.model_io import build
-from domainbed_hp.training.setup import plan
+from domainbed_hp.training.evaluation import evaluation_mode
+from domainbed_hp.training.model_io import build_algorithm
+from domainbed_hp.training.setup import set_up_run
 
 SLOW = pytest.mark.slow
 
@@ -125,8 +122,8 @@ def test_an_encode_of_its_own_is_not_cached(
 
 
 def test_features_are_those_of_the_images_in_order(drawn: Path, tmp_path: Path, feature_cache: Path) -> None:
-    run = plan(args(tmp_path / "run", drawn))
-    algorithm = build(run.recipe).eval()
+    run = set_up_run(args(tmp_path / "run", drawn))
+    algorithm = build_algorithm(run.model_spec).eval()
     for views, images in zip(computed(drawn), run.dataset.environments, strict=True):
         assert (views.labels == images.labels).all() and len(views) == len(images) == 20
         for i in (0, 7, 19):
@@ -136,7 +133,7 @@ def test_features_are_those_of_the_images_in_order(drawn: Path, tmp_path: Path, 
 
 
 def test_batches_of_features_are_not_scaled(drawn: Path, feature_cache: Path) -> None:
-    (views, *_), preprocess = computed(drawn), plan(args(Path("x"), drawn)).preprocess
+    (views, *_), preprocess = computed(drawn), set_up_run(args(Path("x"), drawn)).preprocess
     x, y = EvalLoader(views, [3, 1, 2], 3)[0].to(torch.device("cpu"), preprocess)
     assert torch.equal(x, torch.from_numpy(np.array(views.features[[3, 1, 2]]))) and y.tolist() == [1, 0, 1]
     batch = TrainLoader([views], [{"in": [5]}], [0], 2, preprocess, seed=0)[0][0]
@@ -200,7 +197,7 @@ def test_a_signal_stops_the_computation(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    encode = features_module.encoded
+    encode = features_module.FeatureCache.encode_images
 
     def stopped(*rest: Any) -> Iterator[np.ndarray]:
         yield next(encode(*rest))
@@ -208,11 +205,11 @@ def test_a_signal_stops_the_computation(
         pytest.fail("went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr(features_module, "encoded", stopped)
+        patch.setattr(features_module.FeatureCache, "encode_images", stopped)
         with pytest.raises(SystemExit) as end:
             go(tmp_path / "run", drawn)
     assert end.value.code == 128 + signal.SIGTERM and not folders(feature_cache)
-    assert "SIGTERM: stopped before any step; the same command goes on" in capsys.readouterr().out
+    assert "SIGTERM: stopped before any step; the same command resumes the run" in capsys.readouterr().out
     assert len(go(tmp_path / "run", drawn)) == 3
 
 
@@ -228,42 +225,40 @@ def test_features_of_pacs(shared_data: Path, tmp_path: Path, feature_cache: Path
     same(cached, go(tmp_path / "encode", tmp_path, features="encode", **settings))
 
 
-def test_the_arguments_of_a_run_know_both_ways() -> None:
-    default = RunArgs("out").features
-    assert default == parser().parse_args([]).features == CHOICES["features"][0]
-    assert parser().parse_args(["--features", "encode"]).features == "encode"
-    assert replace(RunArgs("out"), features="encode").features in CHOICES["features"]
-
-
 def test_a_sweep_passes_it_on_and_its_jobs_stay_the_same() -> None:
-    spec = SweepSpec("out", ("Debug28",), (Row("FrozenCLIP"),), n_trials=1, n_hparams=1, test_envs=((0,),))
-    ((plain,), (encode,)) = (make_jobs(each, each.rows) for each in (spec, replace(spec, features="encode")))
+    values = {"output_dir": "out", "datasets": ["Debug28"], "rows": [{"algorithm": "FrozenCLIP"}]}
+    values |= {"n_trials": 1, "n_hparams": 1, "test_envs": [[0]]}
+    specs = [SweepSpec.of({**values, **more}, "s.toml") for more in ({}, {"features": "encode"})]
+    ((plain,), (encode,)) = (make_jobs(spec, spec.rows) for spec in specs)
     assert "--features encode" in " ".join(encode.command) and "--features" not in plain.command
     assert encode.folder == plain.folder
     with pytest.raises(UsageError, match="Known: cached, encode"):
-        SweepSpec.of({**asdict(spec), "rows": [{"algorithm": "FrozenCLIP"}], "features": "cache"}, "s.toml")
+        SweepSpec.of({**values, "features": "cache"}, "s.toml")
 
 
 def test_a_short_look_at_many_images_encodes_the_few(
     drawn: Path, tmp_path: Path, feature_cache: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look = {"algorithm": "ZeroShotCLIP", "eval_images": 2, "hparams": {"batch_size": 1}}  # 10 images are scored
-    monkeypatch.setattr(features_module, "WORTH", 4)
+    monkeypatch.setattr(features_module, "MAX_RATIO", 4)
     few = go(tmp_path / "few", drawn, **look)
     assert not feature_cache.exists() and sum(encoded) < IMAGES
-    monkeypatch.setattr(features_module, "WORTH", 10)
+    monkeypatch.setattr(features_module, "MAX_RATIO", 10)
     go(tmp_path / "worth", drawn, **look)
-    monkeypatch.setattr(features_module, "WORTH", 4)
+    monkeypatch.setattr(features_module, "MAX_RATIO", 4)
     encoded.clear()
     same(few, go(tmp_path / "there", drawn, **look))
     assert not encoded, "what is there is used"
 
 
 def test_only_what_is_scored_is_asked_for(drawn: Path, tmp_path: Path) -> None:
-    full, fast = (plan(args(tmp_path, drawn, eval=kind)) for kind in ("full", "fast"))
-    skipped = sum(len(full.split[i]["in"]) for i in full.train_envs)
+    full, fast = (set_up_run(args(tmp_path, drawn, eval=kind)) for kind in ("full", "fast"))
+    skipped = sum(len(full.splits[i]["in"]) for i in full.train_envs)
     records = -(-full.steps // full.checkpoint_freq)
-    assert skipped and features_module.asked(full) - features_module.asked(fast) == skipped * records
+    assert (
+        skipped
+        and features_module.count_encoded_images(full) - features_module.count_encoded_images(fast) == skipped * records
+    )
 
 
 class Norms(FrozenCLIP):
@@ -276,9 +271,9 @@ class Norms(FrozenCLIP):
 
 
 def test_a_tower_that_trains_after_all_is_not_cached(drawn: Path, tmp_path: Path, feature_cache: Path) -> None:
-    run = plan(args(tmp_path, drawn))
+    run = set_up_run(args(tmp_path, drawn))
     for kind, cached in ((FrozenCLIP, True), (Norms, False)):
         told = run.hparams | {"class_names": run.dataset.class_names}
         algorithm = kind((3, 64, 64), len(run.dataset.class_names), 2, told)
-        with evaluation(algorithm), ThreadPool(0) as workers:
-            assert (features_module.cached_features(run, algorithm, 64, workers) is not None) == cached
+        with evaluation_mode(algorithm), ThreadPool(0) as workers:
+            assert (features_module.load_features(run, algorithm, 64, workers) is not None) == cached

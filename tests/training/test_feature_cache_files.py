@@ -24,7 +24,7 @@ from domainbed_hp.networks.clip import MINI
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.training import feature_cache as features_module
-from domainbed_hp.training.setup import plan
+from domainbed_hp.training.setup import set_up_run
 
 
 def test_anything_that_changes_the_features_changes_the_key(
@@ -97,7 +97,7 @@ def test_prepared_data_are_told_apart_by_their_index(drawn: Path, tmp_path: Path
     prepare(renew)
     plain = computed(drawn)
     before = computed(data)
-    assert "prepared" in plan(args(tmp_path, data)).dataset.source
+    assert "prepared" in set_up_run(args(tmp_path, data)).dataset.source
     assert all(np.allclose(a.features, b.features, atol=1e-5) for a, b in zip(plain, before, strict=True))
     known = folders(feature_cache)
     computed(data)
@@ -144,19 +144,20 @@ import os, signal, sys, time
 from pathlib import Path
 from featured import computed
 from domainbed_hp.training import feature_cache as features_module
-write, encoded = features_module.write, features_module.encoded
+cache = features_module.FeatureCache
+write, encode_images = cache.write, cache.encode_images
 def slow(*args):
     with open(sys.argv[2], "a") as log:
         log.write("written\\n")
     time.sleep(1)
     write(*args)
 def deadly(*args):
-    yield from encoded(*args)
+    yield from encode_images(*args)
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] == "slow":
-    features_module.write = slow
+    cache.write = slow
 else:
-    features_module.encoded = deadly
+    cache.encode_images = deadly
 print(sum(float(views.features.sum()) for views in computed(Path(sys.argv[1]))))
 """
 
@@ -201,13 +202,13 @@ def test_without_a_place_for_features_every_batch_is_encoded(
 def test_a_full_disk_leaves_nothing(
     drawn: Path, feature_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encode = features_module.encoded
+    encode = features_module.FeatureCache.encode_images
 
     def full(*rest: Any) -> Iterator[np.ndarray]:
         yield next(encode(*rest))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(features_module, "encoded", full)
+    monkeypatch.setattr(features_module.FeatureCache, "encode_images", full)
     assert computed(drawn) == [] and not folders(feature_cache)
     assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
 

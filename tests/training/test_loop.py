@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,22 @@ import numpy as np
 import pytest
 import torch
 from helpers import photo
+from leases import leave_lease
 from safetensors.torch import load_file
 from short_runs import CPU, MINI, crash, go, stop_at, terminate, without_times
 
 from domainbed_hp import hparams_registry, records
-from domainbed_hp.algorithms import get_algorithm_class
+from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.open import find_spec, open_dataset
 from domainbed_hp.datasets.spec import ArrayImages
 from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.networks.preprocess import Preprocess
 from domainbed_hp.registry import UsageError
-from domainbed_hp.run_dir import State, Taken, failure, state
+from domainbed_hp.run_dir import RunTaken, State, read_failure, read_state
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.train import main
-from domainbed_hp.training import checkpoint, loop, metric_log, setup
+from domainbed_hp.training import checkpoint, evaluation, loop, setup
 from domainbed_hp.training.model_io import load_model
 
 
@@ -69,12 +71,16 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     dataset = open_dataset(find_spec("ShapesDG"), None, preprocess)
     split = split_environments([len(e) for e in dataset.environments], (0,), 0)
     loader = loop.make_eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
-    assert loop.score(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
+    assert evaluation.score_split(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
 
 
-def test_without_validation_images_there_is_nothing_to_diagnose(tmp_path: Path) -> None:
-    assert "val_mmd" in go(tmp_path / "some", steps=1, eval_images=2)[0]
-    assert "val_mmd" not in go(tmp_path / "none", steps=1, eval_images=2, holdout_fraction=0.0)[0]
+def test_without_validation_images_gates_alone_are_diagnosed(tmp_path: Path) -> None:
+    some, none = (
+        go(tmp_path / f"{fraction}", steps=1, eval_images=2, holdout_fraction=fraction)[0] for fraction in (0.2, 0.0)
+    )
+    assert "val_mmd" in some and "val_mmd" not in none
+    assert some["gates"] == none["gates"] and len(none["gates"]) > 1
+    assert "gates" not in (tmp_path / "none" / "out.txt").read_text().splitlines()[-2]  # the header of numbers
 
 
 def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
@@ -117,13 +123,13 @@ def test_the_first_bad_step_is_named_although_metrics_are_read_at_records_alone(
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ok": 0.0, "ce": torch.tensor(next(ce))})
     with pytest.raises(FloatingPointError, match="ce is inf at step 2: try a smaller lr, or --precision fp32"):
         go(tmp_path / "run", algorithm="LoRA", steps=9, checkpoint_freq=4)
-    assert next(ce, None) is None and [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
+    assert next(ce, None) is None and [r["step"] for r in list(records.read_records(tmp_path / "run"))] == [0]
 
 
 def test_what_is_logged_is_read_at_records_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors and numbers alike, of any kind, on average over the steps since the last record."""
-    read, reads = metric_log.read_numbers, []
-    monkeypatch.setattr(metric_log, "read_numbers", lambda *args: (reads.append(len(args[0])), read(*args))[1])
+    read, reads = evaluation.read_floats, []
+    monkeypatch.setattr(evaluation, "read_floats", lambda *args: (reads.append(len(args[0])), read(*args))[1])
     whole = go(tmp_path / "run", algorithm="LoRA", steps=6, checkpoint_freq=3, eval_images=1)
     assert reads == [1, 3, 2]
     update, seen, counter = get_algorithm_class("LoRA").update, [], torch.zeros(())
@@ -151,13 +157,13 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
         later = lambda *a: (clock.__setitem__(0, clock[0] + seconds), before(*a))[1]  # noqa: E731
         monkeypatch.setattr(where, name, later)
 
-    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(get_algorithm_class("LoRA"), "update", lambda *_: {"ce": 1.0})
     for name, where, seconds in (
         ("__getitem__", loop.EvalLoader, 100.0),
         ("make_minibatch", setup.TrainLoader, 1.0),
         ("update", get_algorithm_class("LoRA"), 4.0),
-        ("read_numbers", metric_log, 6.0),
+        ("read_floats", evaluation, 6.0),
     ):
         takes(name, where, seconds)
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 3, "eval_images": 1}
@@ -187,7 +193,7 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
         (["--test_envs", "4"], "0 to 3"),
         (["--test_envs", "0", "1", "2", "3"], "no environment to train on"),
         (["--steps", "0"], "at least 1"),
-        (["--num_workers", "-1"], "at least 1, 1 and 0"),
+        (["--num_workers", "-1"], "at least 0"),
         (["--dataset", "folder:/nowhere"], "cannot read /nowhere"),
         (["--device", "tpu"], "Known here: cpu"),
         (["--import", "no_such_module"], "No module named"),
@@ -197,7 +203,7 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
 def test_bad_input_is_refused_before_anything_is_built(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "build", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(loop, "build_algorithm", lambda *_: pytest.fail("a model was built"))
     if not any("clip_" in a for a in argv):
         argv = [*argv, *([] if "--hparams" in argv else ["--hparams", MINI])]
     assert run(main, [*argv, "--output_dir", str(tmp_path / "run")]) == 2
@@ -236,7 +242,7 @@ def test_a_folder_of_ones_own_with_two_environments_trains(two_styles: Path, alg
 
 
 def test_scoring_halves_the_batch_until_it_fits() -> None:
-    class Small(loop.Algorithm):
+    class Small(Algorithm):
         sizes: list[int] = []
 
         def predict(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,17 +255,55 @@ def test_scoring_halves_the_batch_until_it_fits() -> None:
     views = DecodedViews(ArrayImages(np.tile(levels[:, None, None, None], (1, 8, 8, 3)), levels > 0), Preprocess(8))
     loader = loop.EvalLoader(views, range(12), 16)
     small = Small((3, 8, 8), 2, 1, {"most": 5})
-    assert loop.score(small, loader, CPU, Preprocess(8)).accuracy == 1.0
+    assert evaluation.score_split(small, loader, CPU, Preprocess(8)).accuracy == 1.0
     assert small.sizes == [12, 8, 4, 4, 4] and loader.batch_size == 4
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        loop.score(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Preprocess(8))
+        evaluation.score_split(Small((3, 8, 8), 2, 1, {"most": 0}), loader, CPU, Preprocess(8))
 
 
 def test_a_run_that_is_done_is_never_touched(tmp_path: Path) -> None:
     before = go(tmp_path / "run", algorithm="ZeroShotCLIP")
-    with pytest.raises(Taken, match="already holds a run that is done"):
+    with pytest.raises(RunTaken, match="already holds a run that is done"):
         go(tmp_path / "run", algorithm="ZeroShotCLIP")
-    assert records.load_run(tmp_path / "run") == before
+    assert list(records.read_records(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "write"),
+    [
+        ("make_weight_average", "truncation"),
+        ("evaluation.make_score_columns", "record"),
+        ("records.append_record", "checkpoint"),
+        ("save_checkpoint", "model"),
+        ("save_model", "done"),
+    ],
+)
+def test_who_lost_the_run_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, write: str
+) -> None:
+    folder = tmp_path / "run"
+    settings = {"algorithm": "LoRA", "steps": 1}
+    if write == "truncation":
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "save_checkpoint", lambda *_: crash())
+            with pytest.raises(RuntimeError):
+                go(folder, **settings)
+        assert len(list(records.read_records(folder))) == 1  # it would be dropped, as no checkpoint knows of it
+    function = attrgetter(target)(loop)
+    before: dict[str, bytes] = {}
+
+    def lose(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        leave_lease(folder)
+        before.update({path.name: path.read_bytes() for path in folder.iterdir()})
+        return result
+
+    monkeypatch.setattr(f"domainbed_hp.training.loop.{target}", lose)
+    with pytest.raises(RunTaken, match="process 12 on node7"):
+        go(folder, **settings)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del before["out.txt"], after["out.txt"]
+    assert after == before
 
 
 @pytest.mark.parametrize(
@@ -282,9 +326,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
             go(tmp_path / "run", **settings)
     if how is terminate:
         assert caught.value.code == 128 + signal.SIGTERM
-        assert state(tmp_path / "run") == State.INCOMPLETE
+        assert read_state(tmp_path / "run") == State.INCOMPLETE
     else:
-        assert state(tmp_path / "run") == State.FAILED and failure(tmp_path / "run") == "RuntimeError: boom"
+        assert read_state(tmp_path / "run") == State.FAILED and read_failure(tmp_path / "run") == "RuntimeError: boom"
     resumed = go(tmp_path / "run", **settings)
     assert without_times(resumed) == without_times(whole)
     for name in ("model", "model_best"):
@@ -299,20 +343,20 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
     whole = go(tmp_path / "whole", **settings)
-    score, calls = loop.score, [0]
+    score, calls = evaluation.score_split, [0]
 
-    def stopping(*args: Any) -> loop.Score:
+    def stopping(*args: Any) -> evaluation.SplitScore:
         calls[0] += 1
         if calls[0] == 9:  # the third split of the second record
             terminate()
         return score(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "score", stopping)
+        patch.setattr(evaluation, "score_split", stopping)
         with pytest.raises(SystemExit):
             go(tmp_path / "run", **settings)
-    assert [r["step"] for r in records.load_run(tmp_path / "run")] == [0]
-    assert checkpoint.load(tmp_path / "run")["step"] == 2  # no step is done twice
+    assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == [0]
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 2  # no step is done twice
     assert without_times(go(tmp_path / "run", **settings)) == without_times(whole)
 
 
@@ -320,8 +364,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     stop_at(1, monkeypatch, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", algorithm="LoRA")
-    assert state(tmp_path / "run") == State.INCOMPLETE
-    assert checkpoint.load(tmp_path / "run")["step"] == 0, "that of the last record"
+    assert read_state(tmp_path / "run") == State.INCOMPLETE
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 0, "that of the last record"
 
 
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -333,7 +377,7 @@ def test_another_signal_after_the_first_loses_nothing(
     with pytest.raises(SystemExit) as caught:
         go(tmp_path / "run", algorithm="LoRA")
     assert caught.value.code == 128 + signal.SIGUSR1
-    assert checkpoint.load(tmp_path / "run")["step"] == 1
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 1
 
 
 def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +388,7 @@ def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch:
         with pytest.raises(RuntimeError):
             go(tmp_path / "run", **settings)
     path = tmp_path / "run" / "results.jsonl"
-    assert [r["step"] for r in records.load_run(path)] == [0, 2]
+    assert [r["step"] for r in list(records.read_records(path.parent))] == [0, 2]
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.warns(UserWarning, match="torn"):
         resumed = go(tmp_path / "run", **settings)
@@ -429,8 +473,8 @@ def test_an_error_of_the_disk_is_named_and_loses_nothing(
         patch.setattr(os, "fsync", failing)
         with pytest.raises(OSError):
             go(tmp_path / "run", algorithm="LoRA")
-    assert os.strerror(number) in failure(tmp_path / "run")
-    assert [r["step"] for r in records.load_run(tmp_path / "run")] == stay
+    assert os.strerror(number) in read_failure(tmp_path / "run")
+    assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == stay
     assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
 
 
@@ -454,7 +498,7 @@ def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.
         UsageError, match="at step 1: try a larger accumulate, a smaller batch_size, --precision bf16, or"
     ):
         go(tmp_path / "run", algorithm="LoRA")
-    assert "smaller batch_size" in failure(tmp_path / "run")
+    assert "smaller batch_size" in read_failure(tmp_path / "run")
 
 
 def test_save_full_has_every_weight(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.training.sharpness import find_climb
+from domainbed_hp.training.sharpness import make_perturbation
 
 
 class Linear(Algorithm):
@@ -69,7 +69,7 @@ def test_a_step_has_the_gradient_of_the_climbed_point_and_starts_below_it(
     g = each.mean(0) - variance_weight * variance
     assert g.norm() > 0.1 and variance.norm() > 0.1
     climbed = before + 0.4 * g / g.norm()
-    with find_climb(algorithm, {"sharpness": sharpness, "sam_rho": 0.4, "disam_weight": 0.3})(domains()):
+    with make_perturbation(algorithm, {"sharpness": sharpness, "sam_rho": 0.4, "disam_weight": 0.3})(domains()):
         torch.testing.assert_close(algorithm.weight.detach(), climbed)
         assert algorithm.norm.num_batches_tracked == 0  # buffers are back before the update
         algorithm.update(domains())
@@ -78,7 +78,7 @@ def test_a_step_has_the_gradient_of_the_climbed_point_and_starts_below_it(
 
 
 def sam(algorithm: Algorithm, **hparams: Any) -> Any:
-    return find_climb(algorithm, {"sharpness": "sam", "sam_rho": 0.4, "disam_weight": 0.1} | hparams)
+    return make_perturbation(algorithm, {"sharpness": "sam", "sam_rho": 0.4, "disam_weight": 0.1} | hparams)
 
 
 def test_an_update_without_a_step_ends_where_it_began_also_when_it_fails() -> None:

@@ -16,9 +16,9 @@ from domainbed_hp import records
 from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.registry import UsageError
 from domainbed_hp.run_args import RunArgs
-from domainbed_hp.training import checkpoint, loop
+from domainbed_hp.training import checkpoint, evaluation, loop
 from domainbed_hp.training.model_io import load_model
-from domainbed_hp.training.weight_averaging import Average, find_average, holding
+from domainbed_hp.training.weight_averaging import WeightAverage, make_weight_average, swap_weights
 
 LORA = {"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}
 
@@ -35,12 +35,12 @@ def walk(steps: int, seed: int = 0) -> list[list[Tensor]]:
 
 def follow(
     average: str, path: list[list[Tensor]], losses: Sequence[float] = (), resumed: Path | None = None, **overrides: Any
-) -> tuple[list[nn.Parameter], Average]:
+) -> tuple[list[nn.Parameter], WeightAverage]:
     """An average that saw all the weights of a path, and a loss after each second step; `resumed` after every step."""
 
-    def start() -> tuple[list[nn.Parameter], Average]:
+    def start() -> tuple[list[nn.Parameter], WeightAverage]:
         parameters = [nn.Parameter(t.clone()) for t in path[0]]
-        found = find_average(parameters, hparams(average, **overrides), len(path) - 1)
+        found = make_weight_average(parameters, hparams(average, **overrides), len(path) - 1)
         assert found is not None
         return parameters, found
 
@@ -49,12 +49,12 @@ def follow(
         put(parameters, weights)
         found.step()
         if losses and step % 2 == 0:
-            found.validated(losses[step // 2 - 1])
+            found.add_validation_loss(losses[step // 2 - 1])
         if resumed:
-            torch.save(found.state(), resumed / "state.pt")
+            torch.save(found.state_dict(), resumed / "state.pt")
             parameters, found = start()
             put(parameters, weights)
-            found.load_state(torch.load(resumed / "state.pt", weights_only=True))
+            found.load_state_dict(torch.load(resumed / "state.pt", weights_only=True))
     return parameters, found
 
 
@@ -79,26 +79,26 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def test_the_simple_moving_average() -> None:
     path = walk(9)
     for steps in (0, 3, 4):
-        assert torch.equal(follow("sma", path[: steps + 1], average_start=4)[1].weights()[0], path[steps][0])
-    same(follow("sma", path, average_start=4)[1].weights(), mean(path[4:]))
+        assert torch.equal(follow("sma", path[: steps + 1], average_start=4)[1].averaged_weights()[0], path[steps][0])
+    same(follow("sma", path, average_start=4)[1].averaged_weights(), mean(path[4:]))
 
 
 @pytest.mark.parametrize("b", [0.5, 2.0])
 def test_the_beta_moving_average(b: float) -> None:
     path = walk(9)
     weights = [scipy.stats.beta.pdf((t + 0.5) / 10, b, b) for t in range(10)]
-    same(follow("beta", path, average_beta=b)[1].weights(), mean(path, weights))
+    same(follow("beta", path, average_beta=b)[1].averaged_weights(), mean(path, weights))
 
 
 def test_wise_interpolates_between_the_start_and_the_current_weights() -> None:
     path = walk(5)
-    same(follow("wise", path, wise_alpha=0.3)[1].weights(), mean([path[0], path[-1]], [0.7, 0.3]))
+    same(follow("wise", path, wise_alpha=0.3)[1].averaged_weights(), mean([path[0], path[-1]], [0.7, 0.3]))
 
 
 def test_averages_are_held_in_fp32_or_better() -> None:
     path = [[t.double() if t.dtype == torch.float32 else t for t in weights] for weights in walk(3)]
     for name in ("sma", "beta", "wise"):
-        assert [t.dtype for t in follow(name, path)[1].weights()] == [torch.float64, torch.float32]
+        assert [t.dtype for t in follow(name, path)[1].averaged_weights()] == [torch.float64, torch.float32]
 
 
 def window(losses: list[float], converge: int, tolerance: int, ratio: float) -> tuple[int, int] | None:
@@ -142,9 +142,9 @@ def test_swad_averages_the_valley(losses: list[float], converge: int, tolerance:
         for step in range(ends[i] - lengths[i] + 1, ends[i] + 1):
             put(parameters, path[step])
             swad.step()
-        swad.validated(loss)
+        swad.add_validation_loss(loss)
         first, last = window(losses[: i + 1], converge, tolerance, ratio) or (i, i)
-        same(swad.weights(), mean(path[ends[first] - lengths[first] + 1 : ends[last] + 1]))
+        same(swad.averaged_weights(), mean(path[ends[first] - lengths[first] + 1 : ends[last] + 1]))
 
 
 def test_the_windows_of_the_curves() -> None:
@@ -169,14 +169,14 @@ def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(name: str, steps: int,
     settings = {"sma": {"average_start": 5}, "swad": {"swad_converge": 2, "swad_tolerance": 2}}.get(name, {})
     _, whole = follow(name, walk(20)[: steps + 1], losses, **settings)
     _, other = follow(name, walk(20)[: steps + 1], losses, tmp_path, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(whole.weights(), other.weights(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.averaged_weights(), other.averaged_weights(), strict=True))
 
 
 def test_holding_gives_back_the_weights_bit_for_bit() -> None:
     algorithm = make("FineTuneCLIP")
     parameters = [p for p in algorithm.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    with pytest.raises(KeyError), holding(parameters, [p.double() / 3 for p in before]):
+    with pytest.raises(KeyError), swap_weights(parameters, [p.double() / 3 for p in before]):
         assert all(torch.equal(p, b / 3) for p, b in zip(parameters, before, strict=True))
         raise KeyError
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
@@ -209,13 +209,13 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
     average: str, raw: Path, tmp_path: Path
 ) -> None:
     found = run(tmp_path, SWAD_NOW if average == "swad" else {"average": "beta"})
-    there = records.load_run(raw)
+    there = list(records.read_records(raw))
     assert [r["ce"] for r in found] == [r["ce"] for r in there]
-    algorithm, recipe = load_model(raw)
-    path = [loop.untrained(recipe, 3).trained_state()] + [weights_after(raw, step) for step in range(4)]
+    algorithm, spec = load_model(raw)
+    path = [loop.build_algorithm(spec, 3).trained_state()] + [weights_after(raw, step) for step in range(4)]
     names = [name for name, p in algorithm.named_parameters() if p.requires_grad]
-    plan = loop.plan(RunArgs("", **{k: v for k, v in found[0]["args"].items() if k != "output_dir"}))
-    loaders = loop.make_eval_loaders(plan.dataset.environments, plan.split, 64)
+    plan = loop.set_up_run(RunArgs("", **{k: v for k, v in found[0]["args"].items() if k != "output_dir"}))
+    loaders = loop.make_eval_loaders(plan.dataset.environments, plan.splits, 64)
     for record in found[::3]:
         step = record["step"]
         shares = [scipy.stats.beta.pdf((t + 0.5) / 5, 0.5, 0.5) if t <= step + 1 else 0.0 for t in range(5)]
@@ -227,8 +227,10 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
         saved = weights_after(tmp_path, step)
         same([saved[name] for name in names], list(explicit.values()))
         algorithm.load_state_dict(saved, strict=False)
-        with loop.evaluation(algorithm):
-            scores = {name: loop.score(algorithm, each, plan.device, plan.preprocess) for name, each in loaders.items()}
+        with loop.evaluation_mode(algorithm):
+            scores = {
+                k: evaluation.score_split(algorithm, each, plan.device, plan.preprocess) for k, each in loaders.items()
+            }
         algorithm.eval()
         assert {f"{name}_acc": score.accuracy for name, score in scores.items()}.items() <= record.items()
         assert record["val_loss"] == pytest.approx((scores["env1_out"].loss + scores["env2_out"].loss) / 2, rel=1e-5)
@@ -251,7 +253,7 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(
         stop_at(3, patch, how)
         with pytest.raises((SystemExit, RuntimeError)):
             run(tmp_path / "run", overrides, checkpoint_freq=2)
-    assert checkpoint.load(tmp_path / "run")["average"]  # type: ignore[index]
+    assert checkpoint.load_checkpoint(tmp_path / "run")["average"]  # type: ignore[index]
     alike(tmp_path, whole, run(tmp_path / "run", overrides, checkpoint_freq=2))
 
 
@@ -265,17 +267,17 @@ def alike(folder: Path, whole: list[dict[str, Any]], resumed: list[dict[str, Any
 def test_a_record_that_is_stopped_is_validated_once(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second record: a record validates on two splits, then scores six."""
     whole = run(tmp_path / "whole", SWAD_NOW, checkpoint_freq=2)
-    score, calls = loop.score, [0]
+    score, calls = evaluation.score_split, [0]
 
-    def stopping(*args: Any) -> loop.Score:
+    def stopping(*args: Any) -> evaluation.SplitScore:
         calls[0] += 1
         if calls[0] == call:
             terminate()
         return score(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "score", stopping)
+        patch.setattr(evaluation, "score_split", stopping)
         with pytest.raises(SystemExit):
             run(tmp_path / "run", SWAD_NOW, checkpoint_freq=2)
-    assert checkpoint.load(tmp_path / "run")["step"] == 2  # type: ignore[index]
+    assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 2  # type: ignore[index]
     alike(tmp_path, whole, run(tmp_path / "run", SWAD_NOW, checkpoint_freq=2))
