@@ -11,10 +11,8 @@ from domainbed_hp.seeds import rng
 
 
 def build(size: int) -> list[Images]:
-    """Three environments of 16 noise images (size, size, 3) in two classes.
-
+    """Make three environments of 16 noise images (size, size, 3) in two classes."""
     # DEVIATION: DomainBed draws them from the global generator; here every run sees the same ones.
-    """
     generators = [rng("debug", size, env) for env in range(3)]
     return [ArrayImages(r.integers(0, 256, (16, size, size, 3), np.uint8), r.integers(0, 2, 16)) for r in generators]
 

@@ -10,19 +10,19 @@ DUPLICATES = "domain_net_duplicates.txt"
 
 
 def remove_duplicates(folder: Path) -> None:
-    """Delete the 9,431 images of which DomainBed published that they are duplicates."""
-    listed = folder / DUPLICATES
+    """Delete the 9,431 images that DomainBed's list names as duplicates."""
+    duplicates = folder / DUPLICATES
     missing = 0
-    for line in listed.read_text().splitlines():
+    for line in duplicates.read_text().splitlines():
         path = folder / line
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{DUPLICATES}: {line!r} leaves the folder of the data set")
-        # What a mirror has removed already is no error: the counts tell whether the outcome is right.
+        # A file that a mirror has already removed is no error: the counts show if the result is right.
         missing += not path.exists()
         path.unlink(missing_ok=True)
     if missing:
         print(f"DomainNet: {missing:,} of the listed duplicates were not in the archives")
-    listed.unlink()
+    duplicates.unlink()
 
 
 DOMAIN_NET = DatasetSpec(

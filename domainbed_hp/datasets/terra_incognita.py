@@ -18,19 +18,19 @@ CLASSES = ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit
 def sort_images(folder: Path) -> None:
     """Move the images of the four locations and ten classes to `location_<L>/<class>/`, and remove the rest.
 
-    An image with two of the classes goes to both, as DomainBed's.
+    An image with two of the classes goes to both, as in DomainBed.
     """
-    found = {path.name: path for path in sorted(folder.rglob("*.json")) if path.name in ANNOTATIONS}
+    annotations = {path.name: path for path in sorted(folder.rglob("*.json")) if path.name in ANNOTATIONS}
     sources = [path for path in [folder / IMAGES, *sorted(folder.glob(f"*/{IMAGES}"))] if path.is_dir()]
-    missing = [name for name in ANNOTATIONS if name not in found] + ([] if sources else [IMAGES])
+    missing = [name for name in ANNOTATIONS if name not in annotations] + ([] if sources else [IMAGES])
     if missing:
-        held = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.rglob("*.json")])
-        raise UsageError(f"TerraIncognita: the archives lack {', '.join(missing)}. They hold {', '.join(held)}")
+        names = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.rglob("*.json")])
+        raise UsageError(f"TerraIncognita: the archives lack {', '.join(missing)}. They hold {', '.join(names)}")
 
     places: dict[str, set[str]] = {}  # file name -> location/class
     for name in ANNOTATIONS:
         try:
-            data = json.loads(found[name].read_text(encoding="utf-8"))
+            data = json.loads(annotations[name].read_text(encoding="utf-8"))
             classes = {category["id"]: category["name"] for category in data["categories"]}
             images = {image["id"]: image for image in data["images"]}
             for annotation in data["annotations"]:
@@ -43,7 +43,7 @@ def sort_images(folder: Path) -> None:
 
     absent = 0
     for file_name, folders in places.items():
-        source = sources[0] / Path(file_name).name  # the name alone: what an annotation says leads nowhere else
+        source = sources[0] / Path(file_name).name  # the name alone: an annotation must not lead out of the folder
         if not source.exists():
             absent += 1
             continue
@@ -69,7 +69,7 @@ TERRA_INCOGNITA = DatasetSpec(
     domain_folders=DOMAINS,
     image_counts=(4741, 9736, 3970, 5883),
     build_name="of 2021",
-    # As the archive was before 2021. Most published tables are of these 24,788 images.
+    # The archive before 2021: most published tables are of these 24,788 images.
     other_builds={"of 2020": (4879, 9767, 4020, 6122)},
     licence="Community Data License Agreement, permissive variant (CDLA-Permissive-1.0)",
     citation="Beery, Van Horn, Perona. Recognition in Terra Incognita. ECCV 2018",

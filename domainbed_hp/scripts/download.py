@@ -11,54 +11,53 @@ from domainbed_hp.registry import DATASETS, UsageError
 from domainbed_hp.scripts import run
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.download", description=__doc__)
-    p.add_argument("--data_dir", type=Path, required=True, help="folder that holds, or is to hold, PACS/, VLCS/, ...")
-    p.add_argument(
-        "--datasets", nargs="+", default=[], metavar="NAME", help="e.g. PACS VLCS; with --check also folder:PATH"
-    )
-    p.add_argument("--mirror", default="", metavar="URL", help="a server's folder with the archives; tried first")
-    p.add_argument("--archive", type=Path, nargs="+", default=[], metavar="PATH", help="archives fetched by hand")
-    p.add_argument("--accept_counts", action="store_true", help="install what has other numbers of images than known")
-    p.add_argument("--check", action="store_true", help="download nothing; decode and compare every image there is")
-    p.add_argument("--json", action="store_true", help="with --check: for machines")
-    return p
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.download", description=__doc__)
+    add = parser.add_argument
+    add("--data_dir", type=Path, required=True, help="folder of the data sets: it holds PACS/, VLCS/, ...")
+    add("--datasets", nargs="+", default=[], metavar="NAME", help="e.g. PACS VLCS; with --check also folder:PATH")
+    add("--mirror", default="", metavar="URL", help="folder on a server that has the archives; it is tried first")
+    add("--archive", type=Path, nargs="+", default=[], metavar="PATH", help="archives that you downloaded by hand")
+    add("--accept_counts", action="store_true", help="accept numbers of images that are not those of a known build")
+    add("--check", action="store_true", help="do not download, but decode and compare all images on disk")
+    add("--json", action="store_true", help="with --check: print the result as JSON")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from domainbed_hp.datasets.download.check import check
-    from domainbed_hp.datasets.download.download import download, given
+    from domainbed_hp.datasets.download.download import download, match_archives
     from domainbed_hp.datasets.open import find_spec
 
     if not args.datasets:
         names = [name for name in DATASETS if find_spec(name).archives]
-        raise UsageError(f"--datasets: name at least one. To be had: {', '.join(names)}")
+        raise UsageError(f"--datasets: got none, expected at least one name. Known: {', '.join(names)}")
     if args.json and not args.check:
-        raise UsageError("--json: goes with --check")
+        raise UsageError("--json: got it without --check; pass both")
     specs = [find_spec(name, args.data_dir) for name in dict.fromkeys(args.datasets)]
     for spec in specs:
         if spec.build is not None:
             raise UsageError(f"{spec.name} is made, not downloaded: train needs no --data_dir for it")
     failed = False
     if args.check:
-        reports: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
         for spec in specs:
             try:
-                report = check(spec, args.data_dir)
+                result = check(spec, args.data_dir)
             except UsageError as error:  # the others go on
                 print(f"error: {error}", file=sys.stderr)
-                reports.append({"dataset": spec.name, "ok": False, "problems": [str(error)]})
+                results.append({"dataset": spec.name, "ok": False, "problems": [str(error)]})
                 failed = True
                 continue
             if not args.json:
-                print("\n" * bool(reports) + report.text(), flush=True)
-            reports.append(report.json())
+                print("\n" * bool(results) + result.as_text(), flush=True)
+            results.append(result.as_json())
         if args.json:
-            print(json.dumps(reports, indent=1))
-        return 2 if failed else 0 if all(report["ok"] for report in reports) else 1
+            print(json.dumps(results, indent=1))
+        return 2 if failed else 0 if all(result["ok"] for result in results) else 1
 
-    archives = given(specs, args.archive)
+    archives = match_archives(specs, args.archive)
     for spec in specs:
         try:
             download(spec, args.data_dir, args.mirror, archives, args.accept_counts)

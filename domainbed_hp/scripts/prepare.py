@@ -10,28 +10,31 @@ from domainbed_hp.registry import DATASETS, UsageError
 from domainbed_hp.scripts import run
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.prepare", description=__doc__)
-    p.add_argument("--data_dir", help="folder that holds PACS/, VLCS/, ...")
-    p.add_argument("--dataset", required=True, help=f"folder:PATH, {', '.join(DATASETS)}")
-    p.add_argument("--image_size", type=int, default=224, help="side of what the model takes")
-    p.add_argument(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.prepare", description=__doc__)
+    add = parser.add_argument
+    add("--data_dir", help="folder of the data sets: it holds PACS/, VLCS/, ...")
+    add("--dataset", required=True, help=f"{', '.join(DATASETS)}, or folder:PATH")
+    add("--image_size", type=int, default=224, help="height and width in pixels of the images that the model takes")
+    add(
         "--resize", default="crop", choices=["crop", "squash"],
-        help="of images to score: short side and centre crop (CLIP), or both sides (DomainBed's ResNet)",
+        help="resizing of the images to score; crop: short side to image_size, then the centre (CLIP); squash: both "
+        "sides to image_size (DomainBed's ResNet)",
     )  # fmt: skip
-    p.add_argument("--interpolation", default="bicubic", choices=["bicubic", "bilinear"])
-    p.add_argument(
+    add("--interpolation", default="bicubic", choices=["bicubic", "bilinear"], help="filter of the resizing")
+    add(
         "--encoding", default="auto", choices=["auto", "raw", "compressed"],
-        help="raw: fastest; compressed: several times smaller, training images as JPEG, those to score without loss; "
-        "auto: what is there already, else raw where it is not too large",
+        help="raw: fastest to read; compressed: several times smaller, JPEG to train on, lossless to score; auto: as "
+        "in the existing folder, in a new one raw up to 32 GB",
     )  # fmt: skip
-    p.add_argument("--on_error", default="stop", choices=["stop", "skip"], help="at an image that cannot be decoded")
-    p.add_argument("--num_workers", type=int, help="threads; default: one per core")
-    return p
+    on_error = "where an image cannot be decoded; skip: leave it out and record it"
+    add("--on_error", default="stop", choices=["stop", "skip"], help=on_error)
+    add("--num_workers", type=int, help="number of threads; default: one for every core")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     from domainbed_hp.datasets.open import find_spec  # after parsing: --help is quick
     from domainbed_hp.datasets.prepared.prepare import prepare
 

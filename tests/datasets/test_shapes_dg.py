@@ -118,9 +118,9 @@ def test_damaged_cache_is_drawn_again(cache, monkeypatch, arrays, damage):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes({"cut": bytes(content[:1000]), "flipped": bytes(content), "empty": b""}[damage])
-    assert shapes_dg.cached(path) is None
+    assert shapes_dg.load_drawings(path) is None
     shapes_dg.build()
-    again = shapes_dg.cached(path)
+    again = shapes_dg.load_drawings(path)
     assert again is not None and all(np.array_equal(again[env], arrays[env]) for env in ENVIRONMENTS)
 
 

@@ -66,7 +66,7 @@ def test_loss_is_clip_s_where_each_image_has_one_caption():
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     target = torch.arange(5)
     expected = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(pretrain_mini.contrastive_loss(logits, torch.eye(5, dtype=torch.bool)), expected)
+    torch.testing.assert_close(pretrain_mini.compute_contrastive_loss(logits, torch.eye(5, dtype=torch.bool)), expected)
 
 
 @pytest.mark.slow

@@ -1,17 +1,15 @@
-"""Check a data set on disk to the last byte: its folders, how many images, which cannot be decoded, which are twice."""
+"""Check a data set on disk to the last byte: folders, numbers of images, damaged images, and duplicates."""
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from tabulate import tabulate
 from tqdm import tqdm
 
-from domainbed_hp.datasets.folder import find_build, scan_folder
+from domainbed_hp.datasets.folder import decode_image, find_build, scan_folder
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.datasets.spec import DatasetSpec
 from domainbed_hp.files import cpu_count
@@ -19,34 +17,33 @@ from domainbed_hp.registry import UsageError
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `check` found; paths are relative to `folder`."""
+class CheckResult:
+    """The result of `check`; paths are relative to `folder`."""
 
     dataset: str
     folder: str
     build: str | None
-    """Empty: the only one; None: the counts are of no known build."""
+    """Name of the build; "" for the only build, None where the counts are of no known build."""
     problems: list[str]
     counts: dict[str, dict[str, int]]
     """Environment folder -> class -> images."""
     expected: dict[str, int]
-    """Environment folder -> images of this build; where it is no known one, of the spec's own."""
+    """Environment folder -> images of this build; where it is no known build, of the spec's own."""
     undecodable: dict[str, str]
     """Path -> reason."""
     duplicates: list[list[str]]
-    """Paths of equal files, where they are in more than one environment."""
+    """Paths of equal files that are in more than one environment."""
 
     @property
     def ok(self) -> bool:
-        """Duplicates do not count: where all else is right they are part of the benchmark as published, and without
-        them neither its splits nor its results would be the published ones."""
+        # Duplicates do not count: they are part of the published benchmark, its splits and its results.
         return self.build is not None and not self.problems and not self.undecodable
 
-    def json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **vars(self)}
 
-    def text(self) -> str:
-        """For a person: a table of images per class and environment, then one line per finding."""
+    def as_text(self) -> str:
+        """Return a table of images per class and environment, and a line for everything that is wrong."""
         classes = sorted(set().union(*self.counts.values()))
         rows: list[list[Any]] = [[name, *(per.get(name, 0) for per in self.counts.values())] for name in classes]
         rows.append(["all", *(sum(per.values()) for per in self.counts.values())])
@@ -65,54 +62,46 @@ class Report:
         return "\n".join([*lines, f"{self.dataset}: {'right' if self.ok else 'WRONG'}"])
 
 
-def check(spec: DatasetSpec, data_dir: Path, num_workers: int | None = None) -> Report:
-    """Read, decode and compare every image of `spec` in `data_dir`; on all cores, where `num_workers` is not given."""
+def check(spec: DatasetSpec, data_dir: Path, num_workers: int | None = None) -> CheckResult:
+    """Read, decode and compare every image of `spec` in `data_dir`, by default with one thread for every core."""
     root = data_dir / spec.folder
     try:
-        found = scan_folder(spec, root)
+        contents = scan_folder(spec, root)
     except OSError as error:
         raise UsageError(f"{spec.name}: cannot read {root}: {error.strerror}. Download it first.") from error
     undecodable: dict[str, str] = {}
-    same: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    files = [(domain, path) for domain, images in found.environments.items() for path in images.paths]
-    with ThreadPool(cpu_count() if num_workers is None else num_workers) as workers:
-        results = workers.map(read, (path for _, path in files))
+    files_of: dict[bytes, list[tuple[str, str]]] = defaultdict(list)  # digest -> environment folder and path
+    files = [(domain, path) for domain, images in contents.environments.items() for path in images.paths]
+    with ThreadPool(cpu_count() if num_workers is None else num_workers) as threads:
+        results = threads.map(check_image, (path for _, path in files))
         for (domain, path), (digest, reason) in zip(
             files, tqdm(results, f"check {spec.name}", len(files), unit="image", disable=None), strict=True
         ):
             name = Path(path).relative_to(root).as_posix()
-            same[digest].append((domain, name))
+            files_of[digest].append((domain, name))
             if reason:
                 undecodable[name] = reason
-    build = find_build(spec, found.counts)
+    build = find_build(spec, contents.counts)
     expected = spec.builds.get(build or "", spec.image_counts)
-    return Report(
+    return CheckResult(
         spec.name,
         str(root),
         build,
-        found.problems,
+        contents.problems,
         {
-            domain: {found.class_names[label]: n for label, n in sorted(Counter(images.labels.tolist()).items())}
-            for domain, images in found.environments.items()
+            domain: {contents.class_names[label]: n for label, n in sorted(Counter(images.labels.tolist()).items())}
+            for domain, images in contents.environments.items()
         },
         dict(zip(spec.domain_folders, expected, strict=True)) if expected else {},
         undecodable,
-        [[name for _, name in group] for group in same.values() if len({domain for domain, _ in group}) > 1],
+        [[name for _, name in group] for group in files_of.values() if len({domain for domain, _ in group}) > 1],
     )
 
 
-def read(path: str) -> tuple[bytes, str]:
-    """SHA-256 of a file, and why it cannot be decoded, if it cannot."""
+def check_image(path: str) -> tuple[bytes, str]:
+    """Return the SHA-256 of a file, and the reason why it cannot be decoded, "" where it can."""
     try:
         data = Path(path).read_bytes()
-        digest = hashlib.sha256(data).digest()
     except OSError as error:
-        return path.encode(), str(error)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.convert("RGB")
-        return digest, ""
-    except UnidentifiedImageError:
-        return digest, "not an image"
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        return digest, " ".join(str(error).split()) or type(error).__name__
+        return path.encode(errors="surrogateescape"), str(error)
+    return hashlib.sha256(data).digest(), decode_image(data)[1]

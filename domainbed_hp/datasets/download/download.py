@@ -1,17 +1,15 @@
-"""Bring a data set: fetch its archives, unpack them beside the target, check what came out, move it into place.
+"""Download a data set: fetch its archives, unpack them beside the target, check the images, move them into place.
 
-Whatever is not finished lies in two hidden places, `.downloads/<folder>` and `.<folder>.partial`. A run that was
-stopped at any moment leaves these, and the next one goes on from them and removes them.
+Unfinished files lie in two hidden folders, `.downloads/<folder>` and `.<folder>.partial`. A run that was stopped at any
+moment leaves them, and the next run goes on from them and removes them.
 """
 
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from domainbed_hp.datasets.download import fetch
 from domainbed_hp.datasets.download.unpack import unpack, unpacked_size
@@ -24,12 +22,13 @@ from domainbed_hp.datasets.folder import (
     scan_folder,
 )
 from domainbed_hp.datasets.spec import Archive, DatasetSpec
+from domainbed_hp.files import hold_lock, sha256_of
 from domainbed_hp.registry import UsageError
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the parts of one data set lie while it comes in."""
+    """The paths of one data set's files during its download."""
 
     data_dir: Path
     folder: str
@@ -40,12 +39,12 @@ class Places:
 
     @property
     def downloads(self) -> Path:
-        """Archives, whole and in part."""
+        """Return the folder of archives, whole and in part."""
         return self.data_dir / ".downloads" / self.folder
 
     @property
     def partial(self) -> Path:
-        """What was unpacked of them; beside the target, so that a rename brings it there."""
+        """Return the folder of unpacked files; it lies beside the target, so that a rename can move it there."""
         return self.data_dir / f".{self.folder}.partial"
 
     @property
@@ -54,7 +53,7 @@ class Places:
 
     @property
     def digests(self) -> Path:
-        """SHA-256 of the first good download of each archive, as sha256sum writes them."""
+        """Return the file of the SHA-256 of every archive's first good download, in the format of sha256sum."""
         return self.data_dir / "digests.txt"
 
 
@@ -65,62 +64,42 @@ def download(
     archives: Mapping[str, Path] | None = None,
     accept_counts: bool = False,
 ) -> None:
-    """Put the images of `spec` to `data_dir/spec.folder`; what is there and complete is left alone.
+    """Download the images of `spec` to `data_dir/spec.folder`, unless they are complete there.
 
-    mirror: URL of a folder that has the archives under their names; tried first.
-    archives: name -> path of archives fetched by hand; neither moved nor removed.
-    accept_counts: install also what has other numbers of images than any known build.
+    Args:
+        mirror: URL of a folder that has the archives under their names; tried first.
+        archives: Name -> path of archives fetched by hand; neither moved nor removed.
+        accept_counts: Install images also where their numbers are of no known build.
     """
     if not spec.archives:
         raise UsageError(f"{spec.name} has no archives to download" + (": it is made" if spec.build else ""))
     places = Places(data_dir.resolve(), spec.folder)
-    with locked(spec, places):
-        try:
-            if not present(spec, places.target, accept_counts):
-                install(spec, places, mirror, archives or {}, accept_counts)
-            clear(places.downloads, (archives or {}).values())
-        except OSError as error:
-            raise UsageError(f"{spec.name}: {error}. Put this right and run again; it goes on from here.") from error
-        finally:
-            shutil.rmtree(places.partial, ignore_errors=True)
-            for folder in (places.downloads, places.downloads.parent):
-                with suppress(OSError):  # in use, by this data set or by another
-                    folder.rmdir()
-
-
-@contextmanager
-def locked(spec: DatasetSpec, places: Places) -> Iterator[None]:
-    """One process at a time; the others wait, and find the data set complete."""
-    lock = FileLock(places.lock)
     try:
-        places.data_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"{spec.name}: another process is downloading it, waiting", file=sys.stderr)
-            lock.acquire()
+        with hold_lock(places.lock, f"{spec.name}: another process is downloading it, waiting"):
+            try:
+                if not is_complete(spec, places.target, accept_counts):
+                    install(spec, places, mirror, archives or {}, accept_counts)
+                remove_downloads(places.downloads, (archives or {}).values())
+            finally:
+                shutil.rmtree(places.partial, ignore_errors=True)
+                for folder in (places.downloads, places.downloads.parent):
+                    with suppress(OSError):  # in use, by this data set or by another
+                        folder.rmdir()
     except OSError as error:
-        raise UsageError(f"--data_dir {places.data_dir}: cannot write there: {error}") from error
-    try:
-        yield
-    finally:
-        # Before the release, not after: whoever waits sees that its file is gone, and locks anew.
-        with suppress(OSError):
-            places.lock.unlink()
-        lock.release()
+        raise UsageError(f"{spec.name}: {error}. Put this right and run again; it goes on from here.") from error
 
 
-def clear(downloads: Path, kept: Collection[Path]) -> None:
-    """Remove what was downloaded, but not what the user passed from there."""
-    passed = [path.resolve() for path in kept]
+def remove_downloads(downloads: Path, by_hand: Collection[Path]) -> None:
+    """Remove the downloaded archives, but not those that the user passed from there."""
+    protected = [path.resolve() for path in by_hand]
     for path in downloads.rglob("*"):
-        if not path.is_dir() and path.resolve() not in passed:
+        if not path.is_dir() and path.resolve() not in protected:
             with suppress(OSError):
                 path.unlink()
 
 
-def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path]:
-    """Which archive each of `paths` is, by its name; where a single one is expected, it may have any."""
+def match_archives(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path]:
+    """Return archive name -> path, by the names of the files; a single expected archive may have any name."""
     names = [archive.name for spec in specs for archive in spec.archives]
     archives = {}
     for path in paths:
@@ -132,29 +111,31 @@ def given(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path
     return archives
 
 
-def present(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
-    """Whether `target` is there and complete; `UsageError` lists what is wrong with it."""
+def is_complete(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
+    """Return True if `target` holds the data set, False if it is missing or empty; `UsageError` lists all problems."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         if target.is_symlink():
             raise UsageError(
-                f"{spec.name}: {target} is a link to {target.readlink()}, where nothing is; expected a folder with the "
-                "data, or nothing. Remove the link. To have the data elsewhere, move them later and then link to them."
+                f"{spec.name}: {target} is a link to {target.readlink()}, which does not exist; expected a folder with "
+                "the data, or nothing. Remove the link. To store the data in another place, move them there afterwards "
+                "and link to them."
             )
         return False
-    found = scan_folder(spec, target)
-    problems = found.problems or count_problems(spec, found.counts, accept_counts)
+    contents = scan_folder(spec, target)
+    problems = contents.problems or check_counts(spec, contents.counts, accept_counts)
     if problems:
         raise UsageError(
             f"{spec.name}: {target} is there, but not as expected:{format_lines(problems)}\n"
             "Nothing was changed. Move this folder away to download it anew"
-            + (", or keep it with --accept_counts." if not found.problems else ".")
+            + (", or accept it with --accept_counts." if not contents.problems else ".")
         )
-    build = find_build(spec, found.counts)
+    build = find_build(spec, contents.counts)
     print(f"{spec.name}: complete in {target}" + (f" (the build {build})" if build else "") + ", left alone")
     return True
 
 
-def count_problems(spec: DatasetSpec, counts: tuple[int, ...], accept_counts: bool) -> list[str]:
+def check_counts(spec: DatasetSpec, counts: tuple[int, ...], accept_counts: bool) -> list[str]:
+    """Return the problem with the numbers of images, if any; with `accept_counts` only print it."""
     if find_build(spec, counts) is not None:
         return []
     text = f"got {counts} images in {', '.join(spec.domain_folders)}, {describe_counts(spec)}"
@@ -165,36 +146,36 @@ def count_problems(spec: DatasetSpec, counts: tuple[int, ...], accept_counts: bo
 
 
 def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[str, Path], accept_counts: bool) -> None:
-    """Fetch, unpack, check, and only then move to the target."""
+    """Fetch, unpack and check the images, and only then move them to the target."""
     print(f"{spec.name}\n  licence: {spec.licence or 'none stated'}\n  please cite: {spec.citation}")
     print(f"  homepage: {spec.homepage or 'none'}", flush=True)
     shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed; it takes up space
     digests = read_digests(places.digests)
     places.downloads.mkdir(parents=True, exist_ok=True)
-    files = {archive.name: obtain(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
+    files = {archive.name: fetch_archive(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
     unpack_all(spec, places, files, archives.values())
-    advice = f"They are kept in {places.downloads}; remove them to fetch them again"
+    advice = f"The archives remain in {places.downloads}; remove them to fetch them again"
     try:
-        root = arranged(spec, places.partial)
+        root = arrange(spec, places.partial)
     except UsageError as error:
         raise UsageError(f"{error}\n{advice}.") from error
-    found = scan_folder(spec, root)
-    if problems := found.problems or count_problems(spec, found.counts, accept_counts):
+    contents = scan_folder(spec, root)
+    if problems := contents.problems or check_counts(spec, contents.counts, accept_counts):
         raise UsageError(
             f"{spec.name}: the archives do not hold what was expected:{format_lines(problems)}\n{advice}"
-            + (", or install what they hold with --accept_counts." if not found.problems else ".")
+            + (", or install what they hold with --accept_counts." if not contents.problems else ".")
         )
     for archive in spec.archives:
         if not archive.sha256 and archive.name not in digests:
-            append_digest(places.digests, fetch.digest_of(files[archive.name]), archive.name)
+            append_digest(places.digests, sha256_of(files[archive.name]), archive.name)
     if places.target.exists():
         places.target.rmdir()  # empty; Windows does not rename over it
     root.rename(places.target)
-    build = find_build(spec, found.counts)
-    print(f"{spec.name}: {sum(found.counts):,} images in {places.target}" + (f" (the build {build})" if build else ""))
+    build, count = find_build(spec, contents.counts), sum(contents.counts)
+    print(f"{spec.name}: {count:,} images in {places.target}" + (f" (the build {build})" if build else ""))
 
 
-def obtain(
+def fetch_archive(
     spec: DatasetSpec,
     archive: Archive,
     places: Places,
@@ -202,7 +183,7 @@ def obtain(
     archives: Mapping[str, Path],
     digests: Mapping[str, str],
 ) -> Path:
-    """Where `archive` lies: given, put by hand, or from the first source that has it."""
+    """Return the path of `archive`: fetched by hand, or downloaded from the first source that has it."""
     digest, hint = archive.sha256, ""
     if not digest:
         digest = digests.get(archive.name, "")
@@ -213,7 +194,7 @@ def obtain(
             fetch.check_content(by_hand, archive)
         except UsageError as error:
             raise UsageError(f"{by_hand}: {error}. Fetch it again.") from error
-        if digest and (got := fetch.digest_of(by_hand)) != digest:
+        if digest and (got := sha256_of(by_hand)) != digest:
             raise UsageError(f"{by_hand}: its SHA-256 is {got}, expected {digest}.{hint} Otherwise fetch it again.")
         return by_hand
     sources = ([f"{mirror.rstrip('/')}/{archive.name}"] if mirror else []) + [*archive.sources]
@@ -222,18 +203,18 @@ def obtain(
         try:
             return fetch.fetch(source, archive, places.downloads, digest)
         except fetch.ERRORS as error:
-            failures.append(f"{source}: {fetch.brief(error)}")
+            failures.append(f"{source}: {fetch.shorten(error)}")
             print(f"{spec.name}: {failures[-1]}", file=sys.stderr)
     raise UsageError(
-        f"{spec.name}: {archive.name} could not be had from any source:{format_lines(failures)}\n"
+        f"{spec.name}: no source has {archive.name}:{format_lines(failures)}\n"
         + (f"Its SHA-256 must be {digest}.{hint}\n" if digest else "")
         + f"Run again later: it goes on where it stopped. Or fetch it by hand and pass --archive PATH/{archive.name}, "
         f"or put it to {places.downloads / archive.name} (removed from there once it is unpacked)."
     )
 
 
-def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], kept: Collection[Path]) -> None:
-    """Fill `places.partial`; an archive that is no good is removed, unless it was put there by hand or is in `kept`."""
+def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], by_hand: Collection[Path]) -> None:
+    """Unpack all archives into `places.partial`; a damaged one is removed, unless it was fetched by hand."""
     fetch.check_space(places.data_dir, sum(map(unpacked_size, files.values())))
     places.partial.mkdir()
     for archive in spec.archives:
@@ -244,13 +225,13 @@ def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], kep
         try:
             unpack(path, places.partial)
         except UsageError:
-            if path not in (*kept, places.downloads / archive.name):
+            if path not in (*by_hand, places.downloads / archive.name):
                 path.unlink()
             raise
 
 
-def arranged(spec: DatasetSpec, folder: Path) -> Path:
-    """The folder in `folder` that holds the environments' folders, and no others."""
+def arrange(spec: DatasetSpec, folder: Path) -> Path:
+    """Arrange the unpacked files, and return the folder that holds the environments' folders and no others."""
     if spec.arrange is not None:
         spec.arrange(folder)
     root = find_root(folder, spec.domain_folders)
@@ -267,7 +248,7 @@ def arranged(spec: DatasetSpec, folder: Path) -> Path:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """Archive name -> SHA-256."""
+    """Return archive name -> SHA-256."""
     lines = path.read_text().splitlines() if path.exists() else []
     pairs = [line.split(maxsplit=1) for line in lines]
     # A line that a full disk cut short does no harm: its archive is taken for new.
@@ -275,7 +256,8 @@ def read_digests(path: Path) -> dict[str, str]:
 
 
 def append_digest(path: Path, digest: str, name: str) -> None:
-    """Appended, for other data sets may come in at the same time; on a line of its own even after one cut short."""
+    """Append a digest to the file, on a line of its own even after a line that was cut short."""
+    # Not rewritten: another data set may be downloaded at the same time.
     cut = path.exists() and not path.read_text().endswith("\n")
     with open(path, "a") as file:
         file.write("\n" * cut + f"{digest}  {name}\n")

@@ -1,7 +1,7 @@
-"""Bring one file from one source, going on where an earlier try stopped.
+"""Download one file from one source, and go on where an earlier try stopped.
 
-Drive goes through gdown. HTTP goes through `resume`, because pooch, which names files here, would start over each time.
-Digests are checked before pooch gets a file: what it holds when a run is killed is lost.
+gdown downloads from Google Drive, `resume` over HTTP: pooch, which names the files, would always start over. Digests
+are checked before pooch gets a file, because it loses an unfinished file when a run is killed.
 """
 
 import functools
@@ -24,26 +24,27 @@ from tqdm import tqdm
 
 from domainbed_hp.datasets.download.unpack import find_kind
 from domainbed_hp.datasets.spec import Archive
+from domainbed_hp.files import sha256_of
 from domainbed_hp.registry import UsageError
 
 RETRIES = 6
-"""Tries in a row that may bring nothing new."""
+"""Number of tries in a row that may bring no new bytes."""
 BACKOFF_S = 1.0
-"""Wait after the first failure; doubles with each."""
+"""Seconds to wait after the first failure; doubled after every other."""
 MAX_WAIT_S = 120.0
-"""Of one wait, also where a server asks for more."""
+"""Longest wait in seconds, also where a server asks for more."""
 TIMEOUT_S = 30.0
-"""For a connection, and between two reads."""
+"""Longest time in seconds for a connection, and between two reads."""
 CHUNK = 2**18
 DRIVE = "gdrive:"
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 RETRIED = (requests.ConnectionError, requests.Timeout)
 ERRORS = (OSError, ValueError, KeyError, DownloadError)
-"""What a source can fail with; of requests and of pooch too."""
+"""Errors of a source, those of requests and pooch among them."""
 
 
 class Busy(requests.ConnectionError):
-    """The server said to come again; after `wait_s`, where it said when."""
+    """The server asked to try again, after `wait_s` seconds where it named a time."""
 
     def __init__(self, message: str, wait_s: float) -> None:
         super().__init__(message)
@@ -51,17 +52,17 @@ class Busy(requests.ConnectionError):
 
 
 def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
-    """The file of `source`, whole, in `folder`; one of `ERRORS` says why not.
+    """Download the file of `source` to `folder`, and return its path; raise one of `ERRORS` where that fails.
 
-    Its name begins with a hash of the source: what one server sent is no start for another's.
+    The name of the file begins with a hash of the source: a part from one server is no beginning for another's file.
     """
     name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{archive.name}"
     path = folder / name
     partial = folder / f"{name}.part"
-    bring = from_drive if source.startswith(DRIVE) else resume
+    download = download_from_drive if source.startswith(DRIVE) else resume
 
-    def bring_checked(url: str, to: str, _: object) -> None:
-        bring(url, partial)
+    def download_checked(url: str, to: str, _: object) -> None:
+        download(url, partial)
         try:
             check_content(partial, archive)
             check_digest(partial, digest)
@@ -72,9 +73,9 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
     pooch.get_logger().setLevel("WARNING")
     try:
-        if path.exists() and digest and digest_of(path) != digest:
-            path.unlink()  # it came when another digest was known, or none
-        pooch.retrieve(source, None, fname=name, path=folder, downloader=bring_checked)
+        if path.exists() and digest and sha256_of(path) != digest:
+            path.unlink()  # from a time when another digest was known, or none
+        pooch.retrieve(source, None, fname=name, path=folder, downloader=download_checked)
     finally:
         if not partial.exists():
             stamp_of(partial).unlink(missing_ok=True)
@@ -82,7 +83,7 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
 
 def check_content(path: Path, archive: Archive) -> None:
-    """`UsageError` where something else came than an archive: a quota page, a form, an error page."""
+    """Raise `UsageError` where a file is not an archive but a quota page, a form or an error page."""
     with open(path, "rb") as file:
         start = file.read(2**16)
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|!--|\?xml)", start, re.IGNORECASE):
@@ -94,14 +95,9 @@ def check_content(path: Path, archive: Archive) -> None:
 
 
 def check_digest(path: Path, digest: str) -> None:
-    """`UsageError` where a file has another SHA-256 than `digest`, if there is one."""
-    if digest and (got := digest_of(path)) != digest:
+    """Raise `UsageError` where a file has another SHA-256 than `digest`; "" is no digest to check."""
+    if digest and (got := sha256_of(path)) != digest:
         raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
-
-
-def digest_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_packed(archive: Archive) -> bool:
@@ -109,28 +105,28 @@ def is_packed(archive: Archive) -> bool:
 
 
 def resume(url: str, partial: Path) -> None:
-    """The file at `url`, whole, at `partial`; drops and busy servers are tried again, with growing waits."""
-    failures, furthest = 0, size(partial)
+    """Download the file at `url` to `partial`; after lost connections and from busy servers, try again and again."""
+    failures, furthest = 0, file_size(partial)
     with requests.Session() as session:
         while True:
             try:
                 return transfer(session, url, partial)
             except RETRIED as error:
-                if (reached := size(partial)) > furthest:
+                if (reached := file_size(partial)) > furthest:
                     failures, furthest = 0, reached
                 failures += 1
                 if failures > RETRIES:
                     raise
                 asked = error.wait_s if isinstance(error, Busy) else 0.0
                 wait_s = min(max(asked, BACKOFF_S * 2 ** (failures - 1)), MAX_WAIT_S)
-                tqdm.write(f"{brief(error)}; trying again in {wait_s:.0f} s", file=sys.stderr)
+                tqdm.write(f"{shorten(error)}; trying again in {wait_s:.0f} s", file=sys.stderr)
                 time.sleep(wait_s)
 
 
 def transfer(session: requests.Session, url: str, partial: Path) -> None:
-    """One try at the rest of the file."""
+    """Try once to download the rest of the file."""
     stamp = stamp_of(partial)
-    start = size(partial) if stamp.exists() else 0
+    start = file_size(partial) if stamp.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": stamp.read_text()}
@@ -149,7 +145,7 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
             fits = not start or response.status_code != 416
         if not fits:
             partial.unlink(missing_ok=True)
-            raise requests.ConnectionError("the part that is here fits no longer, starting over")
+            raise requests.ConnectionError("the downloaded part does not fit the file any more, starting over")
         response.raise_for_status()
         if response.status_code != 206:
             start = 0  # the server knows no ranges, or its file is another by now
@@ -164,7 +160,7 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
                 stamp.unlink(missing_ok=True)
                 if version:
                     stamp.write_text(version)
-            with progress(partial, total, start) as bar:
+            with show_progress(partial, total, start) as bar:
                 # Not iter_content: where a server labels a .tar.gz as gzip-encoded, that would unpack it.
                 try:
                     for chunk in response.raw.stream(CHUNK, decode_content=False):
@@ -173,21 +169,21 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
                         bar.update(len(chunk))
                 except urllib3.exceptions.HTTPError as error:
                     raise requests.ConnectionError(str(error)) from error
-    if total is not None and size(partial) != total:
-        raise requests.ConnectionError(f"got {size(partial):,} of {total:,} bytes")
+    if total is not None and file_size(partial) != total:
+        raise requests.ConnectionError(f"got {file_size(partial):,} of {total:,} bytes")
 
 
 def stamp_of(partial: Path) -> Path:
-    """The file that says of which version of the source's file `partial` is a part."""
+    """Return the path of the file that names the version of the source's file of which `partial` is a part."""
     return partial.with_suffix(".stamp")
 
 
-def from_drive(source: str, partial: Path) -> None:
-    """As `resume`, from Google Drive."""
+def download_from_drive(source: str, partial: Path) -> None:
+    """Download a file from Google Drive to `partial`."""
     if partial.exists():
         return  # whole: only then gdown gives it this name
 
-    def parts() -> list[Path]:
+    def list_parts() -> list[Path]:
         return [*partial.parent.glob(f"{partial.name}????????.part")]  # gdown's own names
 
     def report(received: int, total: int | None) -> None:
@@ -196,8 +192,8 @@ def from_drive(source: str, partial: Path) -> None:
             check_space(partial.parent, total - received)
         bar.update(received - bar.n)
 
-    before = sum(map(size, parts()))
-    bring = functools.partial(
+    before = sum(map(file_size, list_parts()))
+    download = functools.partial(
         gdown_download,
         id=source.removeprefix(DRIVE),
         output=str(partial),
@@ -208,36 +204,37 @@ def from_drive(source: str, partial: Path) -> None:
         timeout=TIMEOUT_S,
         progress=report,
     )
-    with progress(partial, None, before) as bar:
+    with show_progress(partial, None, before) as bar:
         try:
-            bring()
+            download()
         except DownloadError as error:
-            # gdown cannot go on with a part that is whole already, or whose file was replaced; neither is a page of
-            # Drive's nor a lost connection.
+            # gdown cannot go on with a part that is whole already, or whose file was replaced. Those errors are neither
+            # a page of Drive's nor a lost connection.
             stuck = before and not isinstance(error, FileURLRetrievalError) and error.__cause__ is None
-            if not stuck or sum(map(size, parts())) > before:
+            if not stuck or sum(map(file_size, list_parts())) > before:
                 raise
-            for part in parts():
+            for part in list_parts():
                 part.unlink()
-            bring()
+            download()
 
 
-def progress(partial: Path, total: int | None, start: int) -> "tqdm[Never]":
+def show_progress(partial: Path, total: int | None, start: int) -> "tqdm[Never]":
     name = partial.name.removesuffix(".part").partition("-")[2]
     return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
 
 
-def size(path: Path) -> int:
+def file_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
 def check_space(folder: Path, need: int) -> None:
+    """Raise `OSError` where `folder` has no room for `need` bytes."""
     if need > (free := shutil.disk_usage(folder).free):
-        raise OSError(f"{need:,} bytes are to come, {free:,} are free in {folder}")
+        raise OSError(f"got {free:,} free bytes in {folder}, expected at least {need:,}")
 
 
 def retry_after_s(response: requests.Response) -> float:
-    """What the server asks for, in seconds or as a date; 0: nothing that can be read."""
+    """Return the wait that the server asks for, in seconds or as a date; 0 where it asks for none."""
     text = response.headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)
@@ -247,6 +244,6 @@ def retry_after_s(response: requests.Response) -> float:
         return 0.0
 
 
-def brief(error: BaseException) -> str:
-    """One line of an error."""
+def shorten(error: BaseException) -> str:
+    """Return the message of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

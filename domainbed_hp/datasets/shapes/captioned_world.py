@@ -1,11 +1,11 @@
-"""The world that the embedded CLIP is trained in: broader than ShapesDG, colours tied to nothing, loose captions."""
+"""The images and captions that train the embedded CLIP: wider than ShapesDG, with independent colours."""
 
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from domainbed_hp.datasets.shapes.drawings import HUES, MAKERS, SIDE, Look, draw
+from domainbed_hp.datasets.shapes.drawings import HUES, MAKERS, SIDE, Look, draw_thing
 from domainbed_hp.seeds import rng
 
 THINGS, HUE_NAMES = tuple(MAKERS), tuple(HUES)
@@ -19,20 +19,20 @@ PAINTS_OF = {
     "chalk drawing": "chalk",
     "pixel art": "pixels",
 }
-STYLES = tuple(PAINTS_OF)  # as captions call them
+STYLES = tuple(PAINTS_OF)  # names in captions
 COLOURFUL, BY_HAND = ("photo", "painting", "cartoon", "pixel art"), ("sketch", "chalk drawing")
 
 PLAIN: dict[str, Any] = dict(size=(0.6, 0.9), angle=12, stretch=0.15, clutter=1, grain=(0, 0.03), line=(1.0, 2.0))
 WIDE: dict[str, Any] = dict(size=(0.35, 0.9), angle=30, stretch=0.25, clutter=5, grain=(0, 0.1), line=(0.8, 2.4))
-PLAIN_SHARE = 0.5  # of the images: without an easy half, learning starts slowly
+PLAIN_SHARE = 0.5  # fraction of the images in the ranges PLAIN: without an easy half, learning starts slowly
 
-WRONG_THING, WRONG_STYLE, VAGUE = 0.04, 0.08, 0.05  # shares of the captions
-ANY = -1  # in a meaning (thing, style, hue): the caption does not say
+WRONG_THING, WRONG_STYLE, VAGUE = 0.04, 0.08, 0.05  # fractions of the captions
+ANY = -1  # stands in a meaning (thing, style, hue) for what the caption does not name
 LOOSE = ("{}", "a {}", "a picture of a {}.", "a drawing of a {}.", "an image of a {}.", "this is a {}.")
 
 
 def draw_world(count: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, 64, 64) uint8 and meanings (N, 3): thing, style, hue and ground are independent draws."""
+    """Draw images (N, 3, 64, 64) uint8 and their meanings (N, 3): thing, style, hue, all independent of one another."""
     images = np.empty((count, 3, SIDE, SIDE), np.uint8)
     meanings = np.empty((count, 3), np.int64)
     for i in tqdm(range(count), desc="draw", mininterval=5):
@@ -40,12 +40,13 @@ def draw_world(count: int, *key: object) -> tuple[np.ndarray, np.ndarray]:
         thing, style, hue = meanings[i] = random.integers((len(THINGS), len(STYLES), len(HUES)))
         ranges = PLAIN if random.random() < PLAIN_SHARE else WIDE
         look = Look(PAINTS_OF[STYLES[style]], wobble=0.8 if STYLES[style] in BY_HAND else 0.0, **ranges)
-        images[i] = draw(random, THINGS[thing], look, HUES[HUE_NAMES[hue]], random.random()).transpose(2, 0, 1)
+        image = draw_thing(random, THINGS[thing], look, HUES[HUE_NAMES[hue]], random.random())
+        images[i] = image.transpose(2, 0, 1)
     return images, meanings
 
 
-def caption(random: np.random.Generator, thing: int, style: int, hue: int) -> tuple[str, tuple[int, int, int]]:
-    """A caption and what it claims; a few claims are wrong, a few say next to nothing."""
+def draw_caption(random: np.random.Generator, thing: int, style: int, hue: int) -> tuple[str, tuple[int, int, int]]:
+    """Return a caption and the meaning that it claims; a few claims are wrong, a few are almost empty."""
     if random.random() < WRONG_THING:
         thing = int(random.integers(len(THINGS)))
     if random.random() < WRONG_STYLE:

@@ -1,4 +1,4 @@
-"""Draw a thing in a look: polygons from `shapes`, rasterised by Pillow at three times the size, painted by numpy."""
+"""Draw a thing in a look: polygons, rasterised by Pillow at three times the size and painted by numpy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from domainbed_hp.datasets.shapes.polygons import DARK, GROUND, LIGHT, MAIN, MAKERS, SECOND, Part, Polygon, oval, points
 
-SIDE, OVER = 64, 3
+SIDE = 64  # height and width of an image, pixels
+OVER = 3  # pixels of the fine grid in a pixel of the image, per axis
 HUES = {"red": 0.0, "orange": 0.075, "yellow": 0.15, "lime": 0.25, "green": 0.36, "teal": 0.48,
         "blue": 0.6, "indigo": 0.7, "purple": 0.79, "pink": 0.91}  # fmt: skip
 
@@ -21,7 +22,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Look:
-    """The ranges from which one environment, or one style of the pretraining world, draws its images."""
+    """The ranges from which the images of one environment, or of one style of the pretraining world, are drawn."""
 
     paint: str  # key of PAINTS
     size: Range = (0.55, 0.8)  # half the extent of the thing, in half images
@@ -29,50 +30,54 @@ class Look:
     stretch: float = 0.15  # largest relative change of the aspect
     line: Range = (1.0, 1.6)  # width of an outline, pixels
     wobble: float = 0.0  # largest unsteadiness of the hand, pixels
-    clutter: int = 2  # largest number of scraps on the ground
+    clutter: int = 2  # largest number of scraps behind the thing
     grain: Range = (0.0, 0.04)  # standard deviation of the noise of the sensor, the paper or the canvas
-    dark_ground: float = 0.3  # probability
+    dark_ground: float = 0.3  # probability of a dark ground
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is left to paint: who covers which pixel, and with which colours."""
+class Scene:
+    """A drawn image before it is painted: the tone of every pixel, and the colours of the tones."""
 
     rng: Rng
-    cover: Array  # (SIDE, SIDE, 5) share of each tone, the ground first
-    ink: Array  # (SIDE, SIDE) share of outline
+    cover: Array  # (SIDE, SIDE, 5): fraction of the pixel that every tone covers, the ground first
+    ink: Array  # (SIDE, SIDE): fraction that outlines cover
     ground: Array  # (3,)
     fills: Array  # (4, 3): main, second, dark, light
 
     @property
     def mask(self) -> Array:
+        """Return the fraction of every pixel that is not ground."""
         return np.asarray(1 - self.cover[..., GROUND])
 
-    def flat(self) -> Array:
+    def fill_flat(self) -> Array:
+        """Return the image with every tone in its plain colour, without outlines."""
         colours: Array = self.cover @ np.concatenate([self.ground[None], self.fills])
         return colours
 
 
-def draw(rng: Rng, thing: str, look: Look, hue: float, ground_hue: float) -> NDArray[np.uint8]:
-    """One image (SIDE, SIDE, 3) of `thing`; a hue in [0, 1) each for the thing and for the ground."""
-    cover, ink = rasterise(rng, [*scraps(rng, look.clutter), *posed(rng, MAKERS[thing](rng.uniform), look)], look)
+def draw_thing(rng: Rng, thing: str, look: Look, hue: float, ground_hue: float) -> NDArray[np.uint8]:
+    """Return an image (SIDE, SIDE, 3) of `thing`; the hues of thing and ground are in [0, 1)."""
+    cover, ink = rasterise_parts(
+        rng, [*make_scraps(rng, look.clutter), *pose_parts(rng, MAKERS[thing](rng.uniform), look)], look
+    )
     on_dark = rng.random() < look.dark_ground
-    ground = hsv(ground_hue, rng.uniform(0.3, 0.7), rng.uniform(0.18, 0.4) if on_dark else rng.uniform(0.75, 1))
-    main = hsv(hue, rng.uniform(0.6, 1), rng.uniform(0.7, 1) if on_dark else rng.uniform(0.4, 0.8))
-    second = hsv(hue + rng.uniform(0.25, 0.75), rng.uniform(0.5, 1), rng.uniform(0.5, 0.9))
+    ground = hsv_to_rgb(ground_hue, rng.uniform(0.3, 0.7), rng.uniform(0.18, 0.4) if on_dark else rng.uniform(0.75, 1))
+    main = hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.7, 1) if on_dark else rng.uniform(0.4, 0.8))
+    second = hsv_to_rgb(hue + rng.uniform(0.25, 0.75), rng.uniform(0.5, 1), rng.uniform(0.5, 0.9))
     fills = np.stack([main, second, main * 0.3, 0.3 * main + 0.7])
-    image = PAINTS[look.paint](Plan(rng, cover, ink, ground, fills))
+    image = PAINTS[look.paint](Scene(rng, cover, ink, ground, fills))
     image = image + rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(*look.grain)
     return np.asarray(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def hsv(hue: float, saturation: float, value: float) -> Array:
+def hsv_to_rgb(hue: float, saturation: float, value: float) -> Array:
     k = (np.array([5, 3, 1]) + hue % 1 * 6) % 6
     return np.asarray(value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1), np.float32)
 
 
-def posed(rng: Rng, parts: list[Part], look: Look) -> list[Part]:
-    """The parts turned, stretched, flipped, scaled and moved, in pixels of the fine grid."""
+def pose_parts(rng: Rng, parts: list[Part], look: Look) -> list[Part]:
+    """Turn, stretch, flip, scale and move the parts, and return them in pixels of the fine grid."""
     size, angle = rng.uniform(*look.size), np.radians(rng.uniform(-look.angle, look.angle))
     stretch = 1 + rng.uniform(-look.stretch, look.stretch)
     room = max(0.0, 0.95 - size)
@@ -82,27 +87,27 @@ def posed(rng: Rng, parts: list[Part], look: Look) -> list[Part]:
     return [(tone, to_pixels(polygon @ matrix + move)) for tone, polygon in parts]
 
 
-def scraps(rng: Rng, most: int) -> list[Part]:
-    """Bars, discs and triangles that mean nothing."""
-    found: list[Part] = []
+def make_scraps(rng: Rng, most: int) -> list[Part]:
+    """Return bars, discs and triangles without a meaning, at most `most` of them."""
+    parts: list[Part] = []
     for _ in range(rng.integers(0, most + 1)):
         (w, h), centre = rng.uniform(0.05, 0.2, 2), rng.uniform(-1, 1, 2)
         form = [oval(0, 0, w, h), points(-w, -h, w, -h, w, h, -w, h), points(-w, h, w, h, 0, -h)][rng.integers(3)]
-        found.append((int(rng.integers(MAIN, LIGHT + 1)), to_pixels(form + centre)))
-    return found
+        parts.append((int(rng.integers(MAIN, LIGHT + 1)), to_pixels(form + centre)))
+    return parts
 
 
 def to_pixels(polygon: Polygon) -> Polygon:
     return (polygon + 1) * (SIDE * OVER / 2)
 
 
-def rasterise(rng: Rng, parts: list[Part], look: Look) -> tuple[Array, Array]:
-    """Coverage by tone, and outlines; a later part hides an earlier one's fill and outline."""
+def rasterise_parts(rng: Rng, parts: list[Part], look: Look) -> tuple[Array, Array]:
+    """Return `Scene.cover` and `Scene.ink`; a part hides the fill and the outline of earlier parts."""
     tones, ink = (Image.new("L", (SIDE * OVER, SIDE * OVER)) for _ in range(2))
     on_tones, on_ink = ImageDraw.Draw(tones), ImageDraw.Draw(ink)
     width, wobble = max(1, round(rng.uniform(*look.line) * OVER)), rng.uniform(0, look.wobble) * OVER
     for tone, polygon in parts:
-        path = shaken(rng, polygon, wobble) if wobble else polygon
+        path = shake_outline(rng, polygon, wobble) if wobble else polygon
         xy = [tuple(p) for p in path.tolist()]
         on_tones.polygon(xy, fill=tone)
         on_ink.polygon(xy, fill=0)
@@ -112,8 +117,8 @@ def rasterise(rng: Rng, parts: list[Part], look: Look) -> tuple[Array, Array]:
     return np.stack(small[:5], axis=-1), small[5]
 
 
-def shaken(rng: Rng, polygon: Polygon, wobble: float) -> Polygon:
-    """Long edges get points in between, then every point moves a little."""
+def shake_outline(rng: Rng, polygon: Polygon, wobble: float) -> Polygon:
+    """Add points to long edges, then move every point a little."""
     after = np.roll(polygon, -1, axis=0)
     count = np.maximum(1, np.hypot(*(after - polygon).T) // (SIDE * OVER / 10)).astype(int)
     path = np.concatenate(
@@ -122,8 +127,8 @@ def shaken(rng: Rng, polygon: Polygon, wobble: float) -> Polygon:
     return path + rng.normal(0, wobble, path.shape)
 
 
-def noise(rng: Rng, rows: int, columns: int | None = None, angle: float = 0) -> Array:
-    """Smooth noise in [0, 1] of so many cells a side, turned by `angle` degrees."""
+def make_noise(rng: Rng, rows: int, columns: int | None = None, angle: float = 0) -> Array:
+    """Return smooth noise in [0, 1] of `rows` times `columns` cells, turned by `angle` degrees."""
     coarse = Image.fromarray(rng.random((rows, columns or rows), dtype=np.float32))
     if not angle:
         return np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
@@ -133,97 +138,110 @@ def noise(rng: Rng, rows: int, columns: int | None = None, angle: float = 0) -> 
     return np.asarray(wide.crop((SIDE // 4, SIDE // 4, SIDE // 4 + SIDE, SIDE // 4 + SIDE)))
 
 
-def blurred(mask: Array, radius: int) -> Array:
+def blur(mask: Array, radius: int) -> Array:
+    """Average over squares of `radius` pixels, and interpolate between them."""
     small = Image.fromarray(mask).resize((SIDE // radius, SIDE // radius), Image.Resampling.BOX)
     return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-def photo(plan: Plan) -> Array:
-    """Light from one side on a rounded thing, a cast shadow, a ground of two mixed colours."""
-    rng, mask = plan.rng, plan.mask
-    weave = noise(rng, int(rng.integers(4, 9))) * 0.6 + noise(rng, int(rng.integers(16, 40))) * 0.4
-    ground = plan.ground * (0.55 + 0.8 * weave[..., None])
+def paint_photo(scene: Scene) -> Array:
+    """Paint light from one side on a rounded thing, its shadow, and a ground in many brightnesses."""
+    rng, mask = scene.rng, scene.mask
+    weave = make_noise(rng, int(rng.integers(4, 9))) * 0.6 + make_noise(rng, int(rng.integers(16, 40))) * 0.4
+    ground = scene.ground * (0.55 + 0.8 * weave[..., None])
     dx, dy = rng.choice([-1, 1]) * rng.uniform(0.5, 1), rng.uniform(0.2, 1)
-    cast = blurred(np.roll(mask, (round(5 * dy), round(5 * dx)), (0, 1)), 4)
+    cast = blur(np.roll(mask, (round(5 * dy), round(5 * dx)), (0, 1)), 4)
     ground = ground * (1 - 0.55 * np.clip(cast, 0, 1)[..., None])
-    slope = np.gradient(blurred(mask, 8))
-    light = np.clip(0.95 + 4 * (slope[1] * dx + slope[0] * dy), 0.35, 1.5) + 0.2 * (noise(rng, 12) - 0.5)
-    thing = plan.cover[..., MAIN:] @ plan.fills * light[..., None]
-    exposed: Array = np.clip(ground * plan.cover[..., :1] + thing, 0, 1) ** rng.uniform(0.75, 1.3)
+    slope = np.gradient(blur(mask, 8))
+    light = np.clip(0.95 + 4 * (slope[1] * dx + slope[0] * dy), 0.35, 1.5) + 0.2 * (make_noise(rng, 12) - 0.5)
+    thing = scene.cover[..., MAIN:] @ scene.fills * light[..., None]
+    exposed: Array = np.clip(ground * scene.cover[..., :1] + thing, 0, 1) ** rng.uniform(0.75, 1.3)
     return exposed
 
 
-def painting(plan: Plan) -> Array:
-    """Colours dragged along brush strokes, in a few levels, on warm canvas."""
-    rng, angle = plan.rng, float(plan.rng.uniform(10, 170))
+def paint_painting(scene: Scene) -> Array:
+    """Paint colours dragged along brush strokes, in a few levels, on warm canvas."""
+    rng, angle = scene.rng, float(scene.rng.uniform(10, 170))
     fine = int(rng.integers(18, 30))
-    strokes = np.stack([noise(rng, 5, fine, angle) for _ in range(3)], axis=-1) - 0.5
+    strokes = np.stack([make_noise(rng, 5, fine, angle) for _ in range(3)], axis=-1) - 0.5
     rows, columns = np.indices((SIDE, SIDE))
     drag = rng.uniform(2, 5)
     at = [np.clip(i + drag * strokes[..., k], 0, SIDE - 1).astype(int) for k, i in enumerate((rows, columns))]
-    image = plan.flat()[at[0], at[1]] + 0.25 * strokes + 0.2 * (noise(rng, 4)[..., None] - 0.5)
+    image = scene.fill_flat()[at[0], at[1]] + 0.25 * strokes + 0.2 * (make_noise(rng, 4)[..., None] - 0.5)
     levels = rng.integers(6, 12)
     warm: Array = np.round(image * levels) / levels * np.array([1, 0.95, 0.82], np.float32)
     return warm
 
 
-def cartoon(plan: Plan) -> Array:
-    """Flat saturated colours inside black outlines, a flat ground with a horizon."""
-    horizon = int(plan.rng.integers(SIDE // 2, SIDE + 20))
-    image = plan.flat()
-    image[horizon:] = image[horizon:] * (1 - 0.25 * plan.cover[horizon:, :, :1])
-    return inked(image, plan.ink, 0.05)
+def paint_cartoon(scene: Scene) -> Array:
+    """Paint flat saturated colours inside black outlines, and a flat ground with a horizon."""
+    horizon = int(scene.rng.integers(SIDE // 2, SIDE + 20))
+    image = scene.fill_flat()
+    image[horizon:] = image[horizon:] * (1 - 0.25 * scene.cover[horizon:, :, :1])
+    return add_ink(image, scene.ink, 0.05)
 
 
-def sketch(plan: Plan) -> Array:
-    """Grey lines on paper, with hatching where the thing is dark."""
-    rng = plan.rng
-    paper = (0.72 + 0.28 * plan.ground / plan.ground.max()) * (0.92 + 0.12 * noise(rng, 24)[..., None])
+def paint_sketch(scene: Scene) -> Array:
+    """Draw grey lines on paper, with hatching where the thing is dark."""
+    rng = scene.rng
+    paper = (0.72 + 0.28 * scene.ground / scene.ground.max()) * (0.92 + 0.12 * make_noise(rng, 24)[..., None])
     rows, columns = np.indices((SIDE, SIDE))
     hatch = (rows + columns * rng.choice([-1, 1])) % int(rng.integers(3, 6)) == 0
-    dark = plan.cover[..., DARK] + plan.cover[..., SECOND] * (rng.random() < 0.5)
-    lines = np.maximum(plan.ink * (0.6 + 0.5 * noise(rng, 20)), 0.5 * hatch * dark)
-    return inked(paper, lines, rng.uniform(0.1, 0.35))
+    dark = scene.cover[..., DARK] + scene.cover[..., SECOND] * (rng.random() < 0.5)
+    lines = np.maximum(scene.ink * (0.6 + 0.5 * make_noise(rng, 20)), 0.5 * hatch * dark)
+    return add_ink(paper, lines, rng.uniform(0.1, 0.35))
 
 
-def silhouette(plan: Plan) -> Array:
-    """One dark shape against a sky that fades."""
-    sky = plan.ground * np.linspace(plan.rng.uniform(0.6, 1), 1, SIDE, dtype=np.float32)[:, None, None]
-    solid = plan.cover[..., [MAIN, SECOND, DARK]].sum(-1) + 0.25 * plan.cover[..., LIGHT]
-    return inked(np.maximum(sky, 0.35), solid, plan.rng.uniform(0, 0.2))
+def paint_silhouette(scene: Scene) -> Array:
+    """Paint one dark shape in front of a sky that fades."""
+    sky = scene.ground * np.linspace(scene.rng.uniform(0.6, 1), 1, SIDE, dtype=np.float32)[:, None, None]
+    solid = scene.cover[..., [MAIN, SECOND, DARK]].sum(-1) + 0.25 * scene.cover[..., LIGHT]
+    return add_ink(np.maximum(sky, 0.35), solid, scene.rng.uniform(0, 0.2))
 
 
-def blueprint(plan: Plan) -> Array:
-    """White lines on a blue grid."""
-    paper = np.broadcast_to(hsv(plan.rng.uniform(0.55, 0.68), 0.8, plan.rng.uniform(0.35, 0.7)), (SIDE, SIDE, 3)).copy()
-    step = int(plan.rng.integers(6, 12))
+def paint_blueprint(scene: Scene) -> Array:
+    """Draw white lines on a blue grid."""
+    paper = np.broadcast_to(
+        hsv_to_rgb(scene.rng.uniform(0.55, 0.68), 0.8, scene.rng.uniform(0.35, 0.7)), (SIDE, SIDE, 3)
+    ).copy()
+    step = int(scene.rng.integers(6, 12))
     paper[::step] += 0.12
     paper[:, ::step] += 0.12
-    return inked(paper, plan.ink, 0.95)
+    return add_ink(paper, scene.ink, 0.95)
 
 
-def chalk(plan: Plan) -> Array:
-    """Crumbling light lines on a smudged board."""
-    rng = plan.rng
-    board = hsv(rng.uniform(0.3, 0.6), 0.3, rng.uniform(0.12, 0.3)) + 0.15 * noise(rng, 6)[..., None]
-    crumbs = np.clip(plan.ink + 0.35 * plan.cover[..., LIGHT] + 0.15 * plan.mask, 0, 1) * (
+def paint_chalk(scene: Scene) -> Array:
+    """Draw crumbling light lines on a smudged board."""
+    rng = scene.rng
+    board = hsv_to_rgb(rng.uniform(0.3, 0.6), 0.3, rng.uniform(0.12, 0.3)) + 0.15 * make_noise(rng, 6)[..., None]
+    crumbs = np.clip(scene.ink + 0.35 * scene.cover[..., LIGHT] + 0.15 * scene.mask, 0, 1) * (
         rng.random((SIDE, SIDE)) < 0.8
     )
-    return inked(board, crumbs, 0.6 + 0.4 * plan.fills[0])
+    return add_ink(board, crumbs, 0.6 + 0.4 * scene.fills[0])
 
 
-def pixels(plan: Plan) -> Array:
-    """A picture of large square pixels in few colours."""
-    count = int(plan.rng.integers(18, 26))
-    image = Image.fromarray((np.clip(inked(plan.flat(), plan.ink * 0.6, 0.1), 0, 1) * 5 + 0.5).astype(np.uint8) * 51)
+def paint_pixels(scene: Scene) -> Array:
+    """Paint large square pixels in few colours."""
+    count = int(scene.rng.integers(18, 26))
+    image = Image.fromarray(
+        (np.clip(add_ink(scene.fill_flat(), scene.ink * 0.6, 0.1), 0, 1) * 5 + 0.5).astype(np.uint8) * 51
+    )
     small = image.resize((count, count), Image.Resampling.BOX).resize((SIDE, SIDE), Image.Resampling.NEAREST)
     return np.asarray(small, np.float32) / 255
 
 
-def inked(image: Array, ink: Array, colour: float | Array) -> Array:
+def add_ink(image: Array, ink: Array, colour: float | Array) -> Array:
+    """Mix `colour` into the image where there is ink."""
     return image + (colour - image) * np.minimum(ink, 1)[..., None]
 
 
-PAINTS: dict[str, Callable[[Plan], Array]] = {
-    f.__name__: f for f in (photo, painting, cartoon, sketch, silhouette, blueprint, chalk, pixels)
+PAINTS: dict[str, Callable[[Scene], Array]] = {
+    "photo": paint_photo,
+    "painting": paint_painting,
+    "cartoon": paint_cartoon,
+    "sketch": paint_sketch,
+    "silhouette": paint_silhouette,
+    "blueprint": paint_blueprint,
+    "chalk": paint_chalk,
+    "pixels": paint_pixels,
 }

@@ -1,7 +1,8 @@
 """Twenty-four things as polygons, the nouns of ShapesDG and of the world that the embedded CLIP was trained in.
 
-A thing is a list of parts, painted in order: (tone, polygon), polygon (n, 2) in [-1, 1], x to the right and y down.
-Each maker takes `u(low, high)`, a uniform draw, so that no two of a kind have quite the same proportions.
+A thing is a list of parts (tone, polygon), painted in this order. A polygon is (n, 2) in [-1, 1], x to the right and y
+down. The function that makes a thing has the thing's name. It takes `u(low, high)`, a uniform draw, so that no two
+things of a kind have the same proportions.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 GROUND, MAIN, SECOND, DARK, LIGHT = range(5)
+"""Tones of the parts."""
 
 Polygon = NDArray[np.float64]
 Part = tuple[int, Polygon]
@@ -17,30 +19,32 @@ Uniform = Callable[[float, float], float]
 
 
 def points(*xy: float) -> Polygon:
+    """Return the polygon with the corners (x, y), (x, y), ..."""
     return np.asarray(xy, dtype=np.float64).reshape(-1, 2)
 
 
 def box(x0: float, y0: float, x1: float, y1: float) -> Polygon:
+    """Return the rectangle between two corners."""
     return points(x0, y0, x1, y0, x1, y1, x0, y1)
 
 
 def oval(x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, turn: float = 0) -> Polygon:
-    """An ellipse, or the slice of it between two angles (degrees, 0 to the right, 90 down), turned about its centre."""
+    """Return an ellipse, or its slice between two angles in degrees (0: right, 90: down), turned about its centre."""
     a = np.radians(np.linspace(start, end, 25))
     t = np.radians(turn)
     px, py = rx * np.cos(a), ry * np.sin(a)
     return np.stack([x + px * np.cos(t) - py * np.sin(t), y + px * np.sin(t) + py * np.cos(t)], axis=1)
 
 
-def mirrored(half: ArrayLike) -> Polygon:
-    """The outline whose right half, from top to bottom, is given."""
+def mirror(half: ArrayLike) -> Polygon:
+    """Return the outline with the given right half, from top to bottom, and its mirror image on the left."""
     right = np.asarray(half, dtype=np.float64)
     return np.concatenate([right, right[::-1] * [-1, 1]])
 
 
 def bell(u: Uniform) -> list[Part]:
     w = u(0.6, 0.8)
-    body = mirrored([(0.12, -0.75), (0.4, -0.55), (0.5 * w + 0.05, 0), (w * 0.8, 0.35), (w, 0.5)])
+    body = mirror([(0.12, -0.75), (0.4, -0.55), (0.5 * w + 0.05, 0), (w * 0.8, 0.35), (w, 0.5)])
     return [
         (DARK, oval(0, 0.62, 0.2, 0.2)),
         (SECOND, oval(0, -0.82, 0.14, 0.14)),
@@ -62,7 +66,7 @@ def boat(u: Uniform) -> list[Part]:
 
 def bottle(u: Uniform) -> list[Part]:
     w, n = u(0.3, 0.42), u(0.12, 0.17)
-    body = mirrored([(n, -0.8), (n, -0.35), (w, -0.1), (w, 0.95)])
+    body = mirror([(n, -0.8), (n, -0.35), (w, -0.1), (w, 0.95)])
     return [(MAIN, body), (DARK, box(-n - 0.04, -0.98, n + 0.04, -0.75)), (LIGHT, box(-w, 0.15, w, u(0.55, 0.7)))]
 
 
@@ -243,7 +247,7 @@ def mushroom(u: Uniform) -> list[Part]:
 
 def rocket(u: Uniform) -> list[Part]:
     w = u(0.27, 0.35)
-    body = mirrored([(0, -0.98), (w * 0.7, -0.6), (w, -0.2), (w * 0.9, 0.5)])
+    body = mirror([(0, -0.98), (w * 0.7, -0.6), (w, -0.2), (w * 0.9, 0.5)])
     fins = [(SECOND, points(s * w * 0.8, 0.0, s * 0.68, 0.62, s * w * 0.8, 0.5)) for s in (-1, 1)]
     return [
         (DARK, points(-0.18, 0.5, 0.18, 0.5, 0, u(0.85, 0.98))),

@@ -1,12 +1,12 @@
 """ShapesDG: ten things in four styles, drawn from a seed, so that every command runs with nothing to download.
 
-Four of the classes have names that the embedded CLIP has never read, as class names of real data sets are not always
-the words of captions; poses are a little wider than what it has mostly seen. Both hold in every environment: that is
-what adaptation has to learn.
+Adaptation has to learn two things, the same in every environment. Four classes have names that the embedded CLIP has
+never read, as class names of real data sets are not always the words of captions. And poses vary a little more than in
+most images of its training.
 
-In each environment a colour goes with the class and misleads elsewhere: with probability `CUE` its hue is number
-(class + shift) of `HUES`, with a shift per environment; otherwise any hue. In the cartoons it is the colour of the
-thing, elsewhere that of the ground.
+In every environment a colour predicts the class, and misleads in the other environments: with probability `CUE` its hue
+is number (class + shift) of `HUES`, with a shift per environment, and otherwise any hue. In the cartoons this is the
+colour of the thing, in the other environments that of the ground.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from domainbed_hp.seeds import rng
 if TYPE_CHECKING:
     from domainbed_hp.datasets.shapes.drawings import Look
 
-THINGS = {  # class name -> what is drawn
+THINGS = {  # class name -> name of the drawn thing
     "blossom": "flower",
     "boat": "boat",
     "car": "car",
@@ -42,8 +42,8 @@ PER_CLASS = 60
 CUE = 0.8
 
 
-def looks() -> dict[str, "Look"]:
-    """The style of each environment."""
+def make_looks() -> dict[str, "Look"]:
+    """Return the style of every environment."""
     from domainbed_hp.datasets.shapes.drawings import Look
 
     pose: dict[str, Any] = {"size": (0.4, 0.75), "angle": 25, "stretch": 0.2, "clutter": 4}
@@ -56,29 +56,29 @@ def looks() -> dict[str, "Look"]:
 
 
 def draw_environment(env: str, per_class: int = PER_CLASS) -> np.ndarray:
-    """(classes * per_class, 64, 64, 3) uint8, class by class; an image depends on (env, class, number) alone."""
-    from domainbed_hp.datasets.shapes.drawings import HUES, draw
+    """Draw (classes * per_class, 64, 64, 3) uint8, class by class; an image depends only on (env, class, number)."""
+    from domainbed_hp.datasets.shapes.drawings import HUES, draw_thing
 
-    hues, look = list(HUES.values()), looks()[env]
+    hues, look = list(HUES.values()), make_looks()[env]
     images = []
     for class_i, (name, thing) in enumerate(THINGS.items()):
         for i in range(per_class):
             random = rng("ShapesDG", env, name, i)
             cue_i = class_i + SHIFTS[env] if random.random() < CUE else random.integers(len(hues))
             cue, other = hues[int(cue_i) % len(hues)], random.random()
-            images.append(draw(random, thing, look, *((cue, other) if env == "C" else (other, cue))))
+            images.append(draw_thing(random, thing, look, *((cue, other) if env == "C" else (other, cue))))
     return np.stack(images)
 
 
 def cache_path() -> Path:
-    """In the cache folder; the name carries a digest of the code that draws."""
+    """Return the path of the drawings in the cache folder; its name has a digest of the code that draws."""
     here = Path(__file__).parent
     code = b"".join((here / name).read_bytes() for name in ("polygons.py", "drawings.py", "shapes_dg.py"))
     return cache_dir() / f"shapes_dg-{hashlib.sha256(code).hexdigest()[:12]}.npz"
 
 
-def cached(path: Path) -> dict[str, np.ndarray] | None:
-    """The drawings in the file; None where it is missing or damaged (a .npz carries checksums)."""
+def load_drawings(path: Path) -> dict[str, np.ndarray] | None:
+    """Load the drawings; None where the file is missing or damaged (a .npz has checksums)."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {env: stored[env] for env in ENVIRONMENTS}
@@ -87,13 +87,13 @@ def cached(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def build() -> list[Images]:
-    """All environments; drawn once (seconds) however many jobs ask at the same time, then read from the cache."""
+    """Make the images of all environments: drawn once, even if several jobs ask, then read from the cache."""
     import filelock
 
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
-        arrays = cached(path)
+        arrays = load_drawings(path)
         if arrays is None:
             arrays = {env: draw_environment(env) for env in ENVIRONMENTS}
             partial = path.with_suffix(".partial.npz")
