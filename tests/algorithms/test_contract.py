@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.hparams_registry import HParam, resolve_hparams
 from domainbed_hp.registry import ALGORITHMS, PROMPTS, UsageError
-from domainbed_hp.testing import check_algorithm
+from domainbed_hp.testing import check_algorithm, check_text_side
 
 IMAGE_SIDES = [name for name in ALGORITHMS if name != "ERM"]
 STARTS_AS_ZERO_SHOT = {"ZeroShotCLIP", "FrozenCLIP", "FineTuneCLIP", "FLYP", "CLIPood", "MIRO", "CLIPLoRA", "LoRA"}
@@ -117,6 +117,11 @@ def test_the_contract(each: Case) -> None:
 )
 def test_the_contract_under_hparams_that_change_it(name: str, hparams: dict[str, Any]) -> None:
     check_algorithm(name, **hparams)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_contract_of_a_text_side(prompt: str) -> None:
+    check_text_side(prompt, **SMALL.get(prompt, {}))
 
 
 class Waiting(TorchDispatchMode):
