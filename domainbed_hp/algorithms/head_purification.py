@@ -40,16 +40,16 @@ class HeadPurification(ClipAlgorithm):
         | ADAMW_HPARAMS
         | LORA_HPARAMS
         | {
-            "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="how heads are gated"),
-            "gate_keep": HParam(0.75, help="gates=hard: share of the heads of a layer with gate 1", at_least=0),
-            "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "learning rate of the gates over lr", at_least=0),
-            "gate_shuffle": HParam(False, help="control: shuffle the learned gates of each layer in evaluation"),
+            "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="formula of the gates"),
+            "gate_keep": HParam(0.75, help="gates=hard: share of a layer's heads whose gate is 1", at_least=0),
+            "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "gates' learning rate, a multiple of lr", at_least=0),
+            "gate_shuffle": HParam(False, help="control: evaluate with each layer's gates permuted over its heads"),
             "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), "factor of the MMD in the loss", at_least=0),
             "mmd_level": HParam("layers", choices=("output", "layers"), help="features that the MMD compares"),
             "mmd_reach": HParam(
                 "local",
                 choices=("global", "local"),
-                help="mmd_level=layers: its gradient stays in a layer, or does not",
+                help="mmd_level=layers: a layer's MMD trains that layer only (local) or also earlier ones (global)",
             ),
             "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="parameters that the MMD trains"),
             "mmd_kernel": HParam("multi_gaussian", choices=KERNELS, help="kernel of the MMD"),
