@@ -155,7 +155,7 @@ def check_validation_images(hparams: Mapping[str, Any], available: bool) -> None
     """Raise `UsageError` where the weight average needs validation images and none are `available`."""
     average = hparams.get("average", "none")
     if average != "none" and not available and load(WEIGHT_AVERAGES, "average", average).VALIDATES:
-        raise UsageError(f"average={average} needs validation images: --holdout_fraction above 0")
+        raise UsageError(f"average={average} needs validation images: pass --holdout_fraction above 0")
 
 
 def name_choices_with(name: str, table: Mapping[str, HParam]) -> str:

@@ -112,13 +112,13 @@ def read_records(folder: str | Path, notes: list[str] | None = None) -> Iterator
         if isinstance(record, dict):
             yield record
             continue
-        message = f"{path}: line {number} is not a whole record (torn?) and is left out"
+        message = f"{path}: line {number} is not a whole record (cut off?) and is left out"
         if notes is None:
             warnings.warn(message, stacklevel=2)
         else:
             notes.append(message)
     if nan and notes is not None:
-        notes.append(f"{path}: {nan} records hold NaN; a validation accuracy that is NaN loses to any other")
+        notes.append(f"{path}: {nan} records hold NaN; a NaN validation accuracy ranks below every other")
 
 
 def last_record(folder: Path) -> dict[str, Any] | None:

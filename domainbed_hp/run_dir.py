@@ -175,7 +175,7 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
             if (self.folder / DONE).exists():
-                hint = "choose another --output_dir or remove it"
+                hint = "choose another --output_dir or remove the folder"
                 raise RunTaken(f"{self.folder} already holds a run that is done: {hint}")
             for name in (ERROR, OLD_HEARTBEAT):
                 (self.folder / name).unlink(missing_ok=True)

@@ -52,4 +52,4 @@ class CLIPAdapter(ClipAlgorithm):
         return super().classify(ratio * self.adapter(features) + (1 - ratio) * features, sizes)
 
     def merge(self) -> dict[str, Tensor]:
-        raise UsageError("CLIPAdapter puts an MLP behind the image feature; no plain CLIP does")
+        raise UsageError("CLIPAdapter cannot be exported: no plain CLIP has its MLP behind the image feature")

@@ -70,7 +70,7 @@ class ClipAlgorithm(Algorithm):
         class_names = class_names or hparams.get("class_names")
         if not class_names or len(class_names) != num_classes:
             raise UsageError(
-                f"{type(self).__name__}: got class names {class_names!r}, expected {num_classes}. "
+                f"{type(self).__name__}: got class names {class_names!r}, expected {num_classes} names. "
                 'Pass class_names=[...] or hparams["class_names"].'
             )
         clip = load_clip(hparams["clip_model"], hparams["clip_pretrained"])
@@ -210,7 +210,7 @@ class ClipAlgorithm(Algorithm):
         """Return the weights of a plain CLIP that computes the same, by open_clip's names; else `UsageError`."""
         if list(self.tower.prompt_tokens()):
             raise UsageError(
-                f"{type(self).__name__} with prompt={self.hparams['prompt']} adds tokens; no plain CLIP does"
+                f"{type(self).__name__} with prompt={self.hparams['prompt']} cannot be exported: no CLIP has its tokens"
             )
         return self.tower.merge() | self.text.merge()
 

@@ -38,7 +38,7 @@ class CLIPood(FineTuneCLIP):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if not load_text_side_class(hparams["prompt"]).TEXT:
-            raise UsageError(f"CLIPood's margin is between texts, prompt={hparams['prompt']} has none: use template")
+            raise UsageError(f"CLIPood: got prompt={hparams['prompt']}, which has no class texts: use prompt=template")
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of `weight` times the margin metric softmax."""

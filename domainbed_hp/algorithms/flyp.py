@@ -35,7 +35,7 @@ class FLYP(FineTuneCLIP):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if not load_text_side_class(hparams["prompt"]).TEXT:
-            raise UsageError(f"FLYP contrasts images with text, prompt={hparams['prompt']} has none: use text_tower")
+            raise UsageError(f"FLYP: got prompt={hparams['prompt']}, which has no class texts: use prompt=text_tower")
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of `weight` times the contrastive loss: mean of image to caption and caption to image."""

@@ -83,9 +83,9 @@ class HeadPurification(ClipAlgorithm):
         super().validate(hparams)
         targets, rank, rank_last = read_adapter_shape(hparams)
         if hparams["gates"] == "none" and not (targets and rank + rank_last):
-            raise UsageError("gates=none without adapters has nothing to train")
+            raise UsageError("no gates and no adapters, so nothing to train: set gates, or lora_targets and lora_rank")
         if hparams["gates"] == "none" and hparams["gate_shuffle"]:
-            raise UsageError("gate_shuffle needs gates")
+            raise UsageError("gate_shuffle needs gates, got gates=none: set gates, or gate_shuffle=false")
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of cross-entropy to adapters and gates, and those of the MMD to the gates (`mmd_route`)."""

@@ -32,7 +32,7 @@ class LoRA(ClipAlgorithm):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if not all(read_adapter_shape(hparams)):
-            raise UsageError("LoRA without adapters has nothing to train: lora_rank, lora_rank_last and lora_targets")
+            raise UsageError("got no adapters, so nothing to train: set lora_targets, and lora_rank or lora_rank_last")
 
 
 def read_adapter_shape(hparams: dict[str, Any]) -> tuple[str, int, int]:

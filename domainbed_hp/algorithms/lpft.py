@@ -52,7 +52,7 @@ class LPFT(ClipAlgorithm):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if not load_text_side_class(hparams["prompt"]).trains(hparams):
-            raise UsageError(f"LPFT: prompt={hparams['prompt']} has nothing to probe with: use random, from_text, ...")
+            raise UsageError(f"LPFT: prompt={hparams['prompt']} has no classifier to train: use random, from_text, ...")
         if not hparams["probe_share"] < 1:
             raise UsageError(f"probe_share: got {hparams['probe_share']}, expected less than 1")
 

@@ -100,5 +100,5 @@ class MIRO(ClipAlgorithm):
 
     def merge(self) -> dict[str, Tensor]:
         if self.hparams["miro_released_pixels"]:
-            raise UsageError("MIRO with miro_released_pixels takes other pixels than the checkpoint it came from")
+            raise UsageError("MIRO with miro_released_pixels cannot be exported: it takes other pixels than its CLIP")
         return super().merge()

@@ -47,7 +47,7 @@ class VPT(ClipAlgorithm):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if load_text_side_class(hparams["prompt"]).CHANGES_TOWER:
-            raise UsageError(f"VPT: prompt={hparams['prompt']} brings image tokens of its own; use it on FrozenCLIP")
+            raise UsageError(f"VPT: prompt={hparams['prompt']} adds image tokens of its own: use FrozenCLIP")
 
     def split_tokens(self) -> Sequence[Tensor]:
         """Return the tokens (n, D) of each layer."""

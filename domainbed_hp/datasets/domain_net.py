@@ -16,7 +16,7 @@ def remove_duplicates(folder: Path) -> None:
     for line in duplicates.read_text().splitlines():
         path = folder / line
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"{DUPLICATES}: {line!r} leaves the folder of the data set")
+            raise UsageError(f"{DUPLICATES}: {line!r} leaves the folder of the data set. Download it again")
         # A file that a mirror has already removed is no error: the counts show if the result is right.
         missing += not path.exists()
         path.unlink(missing_ok=True)

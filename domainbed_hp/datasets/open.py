@@ -31,7 +31,7 @@ def find_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
         environments = tuple(list_subfolders(root))
         classes = {environment: list_subfolders(root / environment) for environment in environments}
     except OSError as error:
-        raise UsageError(f"{name}: cannot read {root}: {error.strerror}") from error
+        raise UsageError(f"{name}: cannot read {root}: {error.strerror}. Check the PATH of folder:PATH") from error
     names = tuple(sorted(set().union(*classes.values())))
     if len(environments) < 2 or len(names) < 2:
         raise UsageError(

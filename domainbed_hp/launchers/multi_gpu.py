@@ -36,7 +36,7 @@ def find_gpus() -> list[str]:
             devices.append(device.strip())
     # DEVIATION: DomainBed waits forever.
     if not devices:
-        raise UsageError(f"the launcher multi_gpu needs a GPU, and {why}. On the CPU: --command_launcher local")
+        raise UsageError(f"the launcher multi_gpu needs a GPU, and {why}. Pass --command_launcher local")
     return devices
 
 

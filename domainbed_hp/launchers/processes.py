@@ -30,7 +30,7 @@ GRACE_S = 60.0
 def get_folder(command: Sequence[str]) -> Path:
     """Return the folder of a job's run: the value of `--output_dir`."""
     if "--output_dir" not in command[:-1]:
-        raise UsageError(f"a job's command names its folder by --output_dir; got {' '.join(command)}")
+        raise UsageError(f"got the command {' '.join(command)}, expected one with --output_dir FOLDER")
     return Path(command[command.index("--output_dir") + 1])
 
 

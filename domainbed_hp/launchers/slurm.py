@@ -71,7 +71,7 @@ def launch(
             report_failure(commands[i], codes[i], lines)
     except KeyboardInterrupt:
         arrays = " ".join(sorted({job.split("_")[0] for job in ids.values()}))
-        print(f"Slurm's jobs go on; `status` tells how far they are. To end them: scancel {arrays}", file=sys.stderr)
+        print(f"Slurm's jobs go on; `sweep status` shows their states. To end them: scancel {arrays}", file=sys.stderr)
         raise
     return codes
 
@@ -165,7 +165,7 @@ def submit(
                 file.writelines(f"{get_folder(c).name} {job}\n" for c, job in zip(chunk, new, strict=True))
             ids += new
     except (FailedJobError, RuntimeError) as error:
-        raise UsageError(f"Slurm took no jobs: {error}. Options of sbatch are given as --slurm key=value") from error
+        raise UsageError(f"Slurm refused the jobs: {error}. Correct sbatch's options: --slurm KEY=VALUE") from error
     return ids
 
 
@@ -185,7 +185,7 @@ def read_states() -> dict[str, str]:
     except FileNotFoundError as error:
         raise UsageError("the launcher slurm needs Slurm's commands (squeue, sbatch) on this machine") from error
     except subprocess.CalledProcessError as error:
-        raise UsageError(f"Slurm does not answer: {error.stderr.strip()}") from error
+        raise UsageError(f"squeue failed: {error.stderr.strip()}. Try again when Slurm answers") from error
     return dict(line.split() for line in lines)
 
 

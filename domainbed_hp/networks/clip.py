@@ -92,7 +92,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     defaults = vars(PreprocessCfg())
     preprocess = merge_preprocess_dict(defaults, preprocess)
     if preprocess["resize_mode"] not in ("shortest", "squash"):
-        raise UsageError(f"{name}: resize_mode {preprocess['resize_mode']!r}, known: shortest, squash")
+        raise UsageError(f"{name}: got resize_mode {preprocess['resize_mode']!r}, known: shortest, squash")
     return ClipSource(name, checkpoint, random, model_cfg, preprocess)
 
 
@@ -118,7 +118,7 @@ class Clip:
     def text_tower(self) -> TextTower:
         """Return the text tower, frozen, for prompts with learned vectors. Call it once, after `text_features`."""
         if not isinstance(self._model, open_clip.CLIP):
-            raise UsageError(f"{self.source.name}: its text tower is not of CLIP's own kind; use prompt=template")
+            raise UsageError(f"{self.source.name}: this prompt needs the text tower of a CLIP; use prompt=template")
         return TextTower(self._model, _tokenizer(self.source), self.source.random).requires_grad_(False)
 
 
@@ -148,7 +148,7 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
     """
     if source.random:
         raise UsageError(
-            "clip_pretrained=random cannot be exported: its text tower is gone. Train from a checkpoint file."
+            "clip_pretrained=random cannot be exported: its text tower was not saved. Train from other weights."
         )
     state = _create(source).state_dict()
     expected = {k: v.shape for k, v in state.items() if k.startswith("visual.") or k in weights}
@@ -212,7 +212,7 @@ def _check_gelu(model: str, tag: str) -> None:
     trained = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
     if trained != bool(open_clip.get_model_config(model).get("quick_gelu", False)):
         other = f"{model}-quickgelu" if trained else model.removesuffix("-quickgelu")
-        raise UsageError(f"{model!r} and tag {tag!r} differ in their GELU: pass clip_model={other}")
+        raise UsageError(f"the weights {tag!r} have another GELU than {model!r}: pass clip_model={other}")
 
 
 def _find_obstacle(vision: dict[str, Any]) -> str | None:
@@ -237,6 +237,6 @@ def _check_tower(name: str, vision: dict[str, Any]) -> None:
     obstacle = _find_obstacle(vision)
     if obstacle:
         raise UsageError(
-            f"{name!r} has {obstacle}; attention heads are reached in open_clip's ViTs with a class token, "
+            f"{name!r} has {obstacle}, expected one of open_clip's ViTs with a class token, "
             "e.g. ViT-B-16-quickgelu, ViT-B-32, ViT-L-14"
         )

@@ -108,8 +108,8 @@ class Sentences(nn.Module):
         longest = self.at + gap + max(map(len, tails))
         if longest > tower.context_length:
             raise UsageError(
-                f"a prompt has {longest} tokens, the text tower reads {tower.context_length}: shorter class names, a "
-                "shorter template, or fewer prompt_tokens"
+                f"a prompt has {longest} tokens, the text tower reads at most {tower.context_length}: use shorter "
+                "class names, a shorter template, or fewer prompt_tokens"
             )
         buffers = {
             "head": embedding[head].clone(),  # (at, W)

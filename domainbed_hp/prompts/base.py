@@ -106,7 +106,7 @@ class TextSide(nn.Module):
             UsageError: the classifier is not what a text tower computes from a template.
         """
         raise UsageError(
-            f"prompt={self.hparams['prompt']}: its classifier is not what a CLIP's text tower makes of a template; the "
+            f"prompt={self.hparams['prompt']}: no plain CLIP has its classifier, so it cannot be exported; the "
             "image tower alone is `algorithm.tower.merge()`"
         )
 

@@ -43,7 +43,7 @@ class CoCoOp(TextSide):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         if not hparams["prompt_init"].strip():
-            raise UsageError("prompt_init is empty, expected words such as 'a photo of a': a vector per token")
+            raise UsageError("prompt_init is empty, expected words such as 'a photo of a', one vector per token")
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         return encode_prompts(self.tower, self.sentences, self.context + self.meta_net(images)[:, None])

@@ -186,7 +186,7 @@ def describe_repeated_runs(collected: CollectedRuns) -> list[str]:
     for repeated in sorted(places["id"][places.duplicated()].unique()):
         folders = dict.fromkeys(run.folder for run, i in zip(collected.runs, id_of_run, strict=True) if i == repeated)
         copies = " and ".join(folders)
-        notes.append(f"records of one run are there more than once, and all of them count: {copies}; remove the copies")
+        notes.append(f"records of one run exist more than once, and all of them count: {copies}; remove the copies")
     return notes
 
 

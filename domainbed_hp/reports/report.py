@@ -66,7 +66,7 @@ def make_report(collected: CollectedRuns, statistics: Sequence[str] = ()) -> Rep
     folders = {run.folder for run in collected.runs}
     started = sum(not plan.done and str(plan.job.folder) in folders for plan in collected.planned)
     if started:
-        notes.append(f"{started} jobs are not done; what they have recorded so far is counted")
+        notes.append(f"{started} jobs are not done; their records so far are counted")
     absent_rows = tables.describe_absent_rows(built, collected.frame)
     return Report(built, len(collected.frame), missing, notes, make_provenance(collected), absent_rows)
 
@@ -101,7 +101,7 @@ def describe_short_rows(collected: CollectedRuns) -> list[str]:
     most = collected.frame["trial_seed"].nunique() if len(collected.frame) else 0
     planned = {label: collected.count_planned_trials(label) for label in collected.planned_labels}
     short = [f"{label} ({n})" for label, n in planned.items() if n and n < most]
-    return [f"fewer trials than {most}, as planned: {', '.join(short)}"] if short else []
+    return [f"rows with fewer than {most} trials, as planned: {', '.join(short)}"] if short else []
 
 
 def make_provenance(collected: CollectedRuns) -> dict[str, Any]:

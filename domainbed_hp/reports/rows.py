@@ -73,7 +73,7 @@ def assign_rows(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[str]
             counts = Counter(run.row for run in own_runs)
             rows = ", ".join(f"{row!r} ({number} runs)" for row, number in counts.items())
             names = ", ".join(differing)
-            notes.append(f"runs of {label!r} on {dataset} differ in {names}, so each has its own row: {rows}")
+            notes.append(f"runs of {label!r} on {dataset} differ in {names}, so each value has its own row: {rows}")
     return notes
 
 

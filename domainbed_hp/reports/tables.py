@@ -167,7 +167,7 @@ def check_keys(frame: pd.DataFrame, keys: Sequence[str], more: Sequence[str] = (
     known = [*more, *(name for name in frame.columns if name not in ("run", "row", "num_envs", *REQUIRED_ARGS))]
     for key in keys:
         if key not in known:
-            raise registry.unknown_name("number of the records", key, known)
+            raise registry.unknown_name("number in the records", key, known)
 
 
 def make_statistics(
@@ -245,7 +245,7 @@ def describe_absent_rows(tables: Sequence[Table], frame: pd.DataFrame) -> list[s
     """Return a line for every row without any run on a data set of the tables."""
     present = set(zip(frame["row"], frame["dataset"], strict=True))
     places = dict.fromkeys((row, table.dataset) for table in tables for row in table.rows if table.dataset)
-    return [f"{row}, {dataset}: no runs, hence X" for row, dataset in places if (row, dataset) not in present]
+    return [f"{row}, {dataset}: no runs, so cells show X" for row, dataset in places if (row, dataset) not in present]
 
 
 def explain_empty_cells(tables: Sequence[Table], frame: pd.DataFrame) -> list[str]:
@@ -261,5 +261,5 @@ def explain_empty_cells(tables: Sequence[Table], frame: pd.DataFrame) -> list[st
         for reason, rows in reasons.items():
             if reason:
                 names = ["all rows"] if rows == present else rows
-                lines += [f"{name}, {table.dataset}: {table.method.name} {reason}, hence X" for name in names]
+                lines += [f"{name}, {table.dataset}: {table.method.name} {reason}, so cells show X" for name in names]
     return lines

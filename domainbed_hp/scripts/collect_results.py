@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.strict and (report.missing or report.absent_rows or collected.notes):
         raise UsageError(
             f"--strict: {len(report.missing)} jobs are missing, {len(report.absent_rows)} rows have no runs on a data "
-            f"set, {len(collected.notes)} notes are on records: see above. Nothing is printed. "
+            f"set, {len(collected.notes)} notes are on records: see above. No tables are printed. "
             "--missing FILE writes the jobs for `sweep launch --jobs FILE`"
         )
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     last = records.last_record(args.run_dir)
     if last is None:
-        raise UsageError(f"{args.run_dir}: no records there, expected the folder of a finished run")
+        raise UsageError(f"{args.run_dir}: got no records, expected the folder of a finished run")
     where = {name: value for name in ("data_dir", "device") if (value := getattr(args, name))}
     rows = evaluate_alphas(args.run_dir, RunArgs.of(last["args"] | where), args.alphas)
     if args.output_dir:
@@ -65,7 +65,7 @@ def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> di
     import_plugins(args.imports)
     trained, spec = load_model(run_dir)
     if spec.hparams["average"] != "none":
-        raise UsageError(f"{run_dir}: the model is average={spec.hparams['average']} already; train with none")
+        raise UsageError(f"{run_dir}: got a model with average={spec.hparams['average']}, expected average=none")
     for alpha in alphas:
         WiSE.HPARAMS["wise_alpha"].check("wise_alpha", alpha)
     setup = set_up_run(args)

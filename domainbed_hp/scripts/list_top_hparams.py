@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = frame[(frame["dataset"] == args.dataset) & (frame["row"] == args.algorithm)]
     envs = sorted({env for envs in records["test_envs"] for env in envs})
     if args.test_env not in envs:
-        raise UsageError(f"--test_env {args.test_env}: {args.algorithm} was tested on the environments {envs}")
+        raise UsageError(f"--test_env: got {args.test_env}, known for {args.algorithm}: {envs}")
 
     for method in load_selection_methods():
         ranked = method.rank_runs(records)

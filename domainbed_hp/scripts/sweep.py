@@ -202,7 +202,7 @@ def delete_incomplete(jobs: Sequence[Job], args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(32) as pool:  # a lease that another host left is watched for a minute
         deleted = sum(pool.map(delete, to_delete))
     running = before.count[State.RUNNING] + len(to_delete) - deleted
-    more = f" {running} are running and stay." if running else ""
+    more = f" {running} are running and were not deleted." if running else ""
     print(f"Deleted {deleted} jobs!{more}")
     return 0
 

@@ -97,7 +97,7 @@ def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
         if not all({"algorithm", "label"} <= row.keys() for row in sweep["rows"]):
             raise KeyError("rows")
     except FileNotFoundError as error:
-        raise UsageError(f"{path} not found: no sweep was launched into {output_dir}; see --output_dir") from error
+        raise UsageError(f"{path} not found: no sweep was launched into {output_dir}; pass --output_dir") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a sweep file ({error!r}); delete it and launch again") from error
     return sweep, jobs

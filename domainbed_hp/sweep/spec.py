@@ -79,7 +79,7 @@ class SweepSpec:
         """
         rows = values.get("rows", ())
         if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
-            raise UsageError(f"{source}: `rows` are tables: write [[rows]] above each")
+            raise UsageError(f"{source}: expected `rows` to be tables: write [[rows]] above each")
         rows = tuple(Row(**check_types(Row, row, f"[[rows]] of {source}")) for row in rows)
         values = check_types(cls, {**values, "rows": rows}, source)
         run = {name: values.pop(name) for name in run_args.SHARED if name in values}
@@ -95,7 +95,7 @@ class SweepSpec:
     def check(self) -> None:
         """`UsageError` for values that make no sweep."""
         if not (self.output_dir and self.datasets and self.rows):
-            raise UsageError("output_dir, datasets and rows must not be empty")
+            raise UsageError("output_dir, datasets and rows must not be empty; set all three")
         if self.n_trials < 1 or self.n_trials_from < 0 or not 0 <= self.n_hparams_from < self.n_hparams:
             seeds = f"hparams seeds from {self.n_hparams_from} (n_hparams_from) to below {self.n_hparams} (n_hparams)"
             raise UsageError(f"no jobs: n_trials {self.n_trials} from {self.n_trials_from} (n_trials_from), {seeds}")
@@ -110,11 +110,11 @@ class SweepSpec:
                     raise UsageError(f"{option}.{name}: got {value!r}, expected a word or a number")
         args = self.run_args  # checks its values
         if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
-            raise UsageError("domain_adaptation needs uda_holdout_fraction above 0: without it no image is unlabeled")
+            raise UsageError("domain_adaptation needs uda_holdout_fraction above 0: else no image is unlabeled")
         names = [row.name for row in self.rows]
         for row in self.rows:
             if row.name in registry.ALGORITHMS and row.name != row.algorithm:
-                raise UsageError(f"label {row.label!r} of {row.algorithm} is another algorithm's name")
+                raise UsageError(f"label {row.label!r} of {row.algorithm} is another algorithm's name; change it")
             if names.count(row.name) > 1:
                 raise UsageError(f"two rows are called {row.name!r}; give each a `label` of its own")
 
@@ -136,7 +136,7 @@ def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, 
             raise UsageError(f"{source}: {name} is {value!r}; expected {describe_type(types[name])}")
     missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
     if missing:
-        raise UsageError(f"{source}: missing {', '.join(missing)}")
+        raise UsageError(f"{source}: missing {', '.join(missing)}; set this")
     return {name: to_tuple(value) for name, value in values.items()}
 
 
@@ -208,7 +208,7 @@ def choose_test_envs(spec: SweepSpec, dataset: str) -> list[list[int]]:
         chosen = sorted([[i] for i in range(count)] + [list(pair) for pair in combinations(range(count), 2)])
     for envs in chosen:
         if not envs or len(set(envs)) < len(envs) or not set(envs) <= set(range(count)):
-            raise UsageError(f"test_envs {envs}: {dataset} has the environments 0 to {count - 1}; name each once")
+            raise UsageError(f"test_envs {envs}: {dataset} has the environments 0 to {count - 1}; list each once")
         if len(envs) == count:
             hint = "" if spec.test_envs else ": give --single_test_envs"
             raise UsageError(f"test_envs {envs} leave no environment of {dataset} to train on{hint}")
@@ -247,7 +247,7 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
             }
             jobs.append(Job.create(Path(spec.output_dir), run_args.name_flags(args)))
     if len({job.folder for job in jobs}) < len(jobs):
-        raise UsageError("the same job twice: a data set or an entry of test_envs is repeated")
+        raise UsageError("got the same job twice: remove the repeated data set or entry of test_envs")
     return jobs
 
 

@@ -81,7 +81,7 @@ class SweepStatus:
     def describe_rate(self) -> str:
         """Return one line on the rate and the time that is left; "" if no launcher is at work."""
         if self.jobs_per_hour is None or self.eta_s is None:
-            return "At work; the rate shows once a job is done." if self.launchers or self.count[State.RUNNING] else ""
+            return "Running; the rate is known once one is done." if self.launchers or self.count[State.RUNNING] else ""
         left = format_duration(self.eta_s)
         return f"{self.jobs_per_hour:.3g} jobs an hour: at this rate the rest is done in {left}."
 
@@ -138,14 +138,14 @@ def estimate_cost(jobs: Sequence[Job], finished: Sequence[Job], parallel: int | 
             for key in list_similar(job):
                 times[key].append(seconds)
     if not times:
-        return "No estimate of the cost: no job of this sweep is done that says how long it took."
+        return "No estimate of the cost: no finished job of this sweep has recorded its time."
     used = [next(key for key in list_similar(job) if key in times) for job in jobs]
     total = sum(median(times[key]) for key in used)
     at_once = f", {format_duration(total / parallel)} with {parallel} at a time" if parallel else ""
-    names = {2: "its row and data set", 1: "its algorithm", 0: "all"}
-    by = [f"{n} by {names[size]}" for size, n in sorted(Counter(map(len, used)).items(), reverse=True)]
-    basis = "; ".join([f"from {len(times[()])} that are done", *([", ".join(by)] if by else [])])
-    return f"Cost: about {format_duration(total)} of one job after another{at_once} (estimated {basis})."
+    names = {2: "jobs of the same row and data set", 1: "jobs of the same algorithm", 0: "all jobs"}
+    by = [f"{n} from {names[size]}" for size, n in sorted(Counter(map(len, used)).items(), reverse=True)]
+    basis = "; ".join([f"from {len(times[()])} finished jobs", *([", ".join(by)] if by else [])])
+    return f"Cost: about {format_duration(total)}, one job at a time{at_once} (estimated {basis})."
 
 
 def list_similar(job: Job) -> list[tuple[str, ...]]:

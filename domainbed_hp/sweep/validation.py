@@ -31,7 +31,7 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     tables = {key: value for key, value in spec.hparams.items() if isinstance(value, dict)}
     for name in tables:
         if name not in algorithms:
-            raise registry.unknown_name("algorithm with [hparams] of its own", name, algorithms)
+            raise registry.unknown_name("algorithm in [hparams]", name, algorithms)
     known = [list_hparams(row, spec, {**general, **tables.get(row.algorithm, {}), **row.hparams}) for row in spec.rows]
     for name in general:
         if not any(name in names for names in known):

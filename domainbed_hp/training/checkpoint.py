@@ -60,7 +60,7 @@ def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) 
     """Raise `UsageError` if `args` are not those of the run in `run_dir`, which are `before`."""
     if different := find_differences(before, args):
         listed = "; ".join(f"{name}: there {there!r}, here {here!r}" for name, (there, here) in different.items())
-        raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove it")
+        raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove this")
 
 
 class Stopped(Exception):

@@ -94,5 +94,5 @@ class CudaGraphStep:
             raise
         except RuntimeError as error:
             name = type(self.algorithm).__name__
-            raise UsageError(f"{name}: no CUDA graph of its step ({error}). Pass --compile off") from error
+            raise UsageError(f"{name}: cannot capture a step as a CUDA graph ({error}). Pass --compile off") from error
         self.gradients = [(p, p.grad) for p in self.algorithm.parameters() if p.grad is not None]

@@ -105,10 +105,10 @@ class FeatureCache:
             return read_features(self.folder)
         images = sum(map(len, self.run.dataset.environments))
         if images > MAX_RATIO * count_encoded_images(self.run):
-            print(f"Features: not cached yet for these {images} images, of which this run encodes a few, in each batch")
+            print(f"Features: not cached; this run needs few of the {images} images and encodes them in each batch")
             return None
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        print(f"Features: {images} images are encoded once, by this job or another (--features encode: in each batch)")
+        print(f"Features: {images} images are encoded once and stored, for all runs (not with --features encode)")
         with filelock.FileLock(f"{self.folder}.lock"):
             try:
                 return read_features(self.folder)

@@ -66,7 +66,7 @@ def load_model(run_dir: Path) -> tuple[Algorithm, ModelSpec]:
     """Return the trained algorithm of a finished run, in evaluation mode, and its specification."""
     path = run_dir / MODEL
     if not path.is_file():
-        raise UsageError(f"{run_dir}: no {MODEL} there. Has the run ended, and without --skip_model_save?")
+        raise UsageError(f"{run_dir}: no {MODEL} there; expected a finished run without --skip_model_save")
     with safe_open(path, "pt") as file:
         spec = ModelSpec(**json.loads(file.metadata()["recipe"]))
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -107,7 +107,7 @@ def set_up_run(args: RunArgs) -> RunSetup:
     splits = split_environments(lengths, args.test_envs, args.trial_seed, *fractions)
     train_envs = [i for i in range(len(lengths)) if i not in args.test_envs]
     if not train_envs:
-        raise UsageError(f"test_envs {list(args.test_envs)} leaves no environment to train on, of {len(lengths)}")
+        raise UsageError(f"test_envs: got all {len(lengths)} environments, which leaves no environment to train on")
     hparams_registry.check_validation_images(hparams, any(splits[i]["out"] for i in train_envs))
     size, resize, interpolation, augmentation = preprocess
     protocol = {

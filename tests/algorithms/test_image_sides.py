@@ -111,7 +111,7 @@ def test_vpt_starts_small_and_trains_by_sgd() -> None:
 def test_vpt_refusals() -> None:
     with pytest.raises(UsageError, match="prompt=maple"):
         make("VPT", prompt="maple")
-    with pytest.raises(UsageError, match="adds tokens"):
+    with pytest.raises(UsageError, match="no CLIP has its tokens"):
         make("VPT").merge()
 
 
@@ -153,7 +153,7 @@ def test_lpft_goes_on_where_it_was_stopped() -> None:
 @pytest.mark.parametrize(
     ("hparams", "message"),
     [
-        ({"prompt": "template", "steps": 4}, "prompt=template has nothing to probe with"),
+        ({"prompt": "template", "steps": 4}, "prompt=template has no classifier to train"),
         ({"probe_share": 1.0, "steps": 4}, "less than 1"),
         ({}, "number of training steps"),
     ],

@@ -86,7 +86,7 @@ def test_an_image_that_cannot_be_read_is_named(data):
 def test_other_counts_are_wrong(data, capsys):
     (data / "pets" / "book" / "dog" / "3.jpg").unlink()
     code, text = command(data, capsys)
-    assert code == 1 and "the numbers of images are of no known build" in text
+    assert code == 1 and "the numbers of images match no known build" in text
     code, text = command(data, capsys, "--json")
     (report,) = json.loads(text)
     assert report["build"] is None and report["counts"]["book"]["dog"] == 3 and not report["ok"]

@@ -116,7 +116,7 @@ def test_each_real_layout_from_download_to_check(name, server, shelf, data, caps
         assert sha256(archive) in digests
     capsys.readouterr()
     download(spec, data)
-    assert capsys.readouterr().out == f"{spec.name}: complete in {data / spec.folder}, left alone\n"
+    assert capsys.readouterr().out == f"{spec.name}: complete in {data / spec.folder}, not changed\n"
 
 
 GOOD_FAULTS = {
@@ -334,7 +334,7 @@ def test_a_link_to_the_data_is_fine(spec, data, tmp_path, capsys):
     (data / "pets").rename(tmp_path / "big disk")
     (data / "pets").symlink_to(tmp_path / "big disk")
     download(spec, data)
-    assert "left alone" in capsys.readouterr().out
+    assert "not changed" in capsys.readouterr().out
 
 
 def test_a_damaged_archive_is_fetched_anew(spec, server, shelf, data):
@@ -423,7 +423,7 @@ def test_what_a_killed_run_unpacked_takes_no_space_from_the_next(spec, data, mon
 
 def test_no_place_to_write(spec, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="Pets: .*File exists: .*/file.*Put this right"):
+    with pytest.raises(UsageError, match="Pets: .*File exists: .*/file.*Correct this"):
         download(spec, tmp_path / "file")
 
 
@@ -452,7 +452,7 @@ def test_a_lock_left_over_is_no_lock(spec, data):
 def test_what_is_made_or_nowhere_to_be_had_is_not_downloaded(spec, data):
     with pytest.raises(UsageError, match="Pets has no archives"):
         download(replace(spec, archives=()), data)
-    with pytest.raises(UsageError, match="it is made"):
+    with pytest.raises(UsageError, match="it is generated"):
         download(load(DATASETS, "dataset", "ShapesDG"), data)
 
 
@@ -471,7 +471,7 @@ def test_the_command(registered, data, capsys):
     assert command("--data_dir", data, "--datasets", "Pets") == 0
     assert_right(registered, data)
     assert command("--data_dir", data, "--datasets", "Pets") == 0
-    assert "left alone" in capsys.readouterr().out
+    assert "not changed" in capsys.readouterr().out
     assert command("--data_dir", data, "--datasets", "Pets", "--check") == 0
     assert "Pets: right" in capsys.readouterr().out
 

@@ -80,7 +80,7 @@ def test_what_is_written(pets, capsys):
         end = entry.end
     assert end == len(files["art.bin"])
     out, err = capsys.readouterr()
-    assert err == "" and "Pets: 13 images, about" in out and "within 32.0GB: raw" in out
+    assert err == "" and "Pets: 13 images, about" in out and "within the limit of 32.0GB: raw" in out
     assert "  art: 9 images, " in out and "  my book: 4 images, " in out and out.count("0 skipped (new)") == 2
 
 
@@ -102,7 +102,7 @@ def test_auto_compresses_where_raw_is_too_large(pets, capsys, monkeypatch):
     monkeypatch.setattr(module, "RAW_LIMIT", 10_000)
     folder = prepare(SPEC, pets, 20)
     assert json.loads((folder / "about.json").read_text())["encoding"] == "compressed"
-    assert "above 10.0kB: compressed" in capsys.readouterr().out
+    assert "above the limit of 10.0kB: compressed" in capsys.readouterr().out
     with Image.open(folder / "art.bin") as first:  # a JPEG, with others behind it
         assert first.format == "JPEG" and first.layer[0][1:3] == first.layer[1][1:3] == (1, 1)
 
@@ -238,7 +238,7 @@ def test_a_full_disk_is_told_and_what_was_saved_is_gone_on_with(pets, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(index, "append_entries", full)
-        with pytest.raises(UsageError, match="No space left on device. Put this right and run again; it goes on from"):
+        with pytest.raises(UsageError, match="No space left on device. Correct this and run again; it goes on from"):
             prepare(SPEC, pets, 20)
     assert contents(prepare(SPEC, pets, 20)) == fresh(pets, tmp_path)
 

@@ -177,7 +177,7 @@ def test_another_format(pets, capsys):
     assert open_prepared(SPEC, pets, preprocess()) is None
     about.write_text("{")
     assert open_prepared(SPEC, pets, preprocess()) is None
-    assert capsys.readouterr().err.count("not used: another version wrote it. Renew it: python") == 2
+    assert capsys.readouterr().err.count("not used: another version of the package wrote it. Renew it: python") == 2
 
 
 def test_without_the_files(pets, capsys):

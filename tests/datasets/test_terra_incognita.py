@@ -83,7 +83,7 @@ def test_both_builds_of_terra_incognita_are_known(shelf, tmp_path, capsys):
     download(spec, tmp_path, archives={path.name: path for path in shelf.iterdir()})
     assert "(the build of 2020)" in capsys.readouterr().out
     download(spec, tmp_path)
-    assert "(the build of 2020), left alone" in capsys.readouterr().out
+    assert "(the build of 2020), not changed" in capsys.readouterr().out
     report = check(spec, tmp_path, 0)
     assert report.ok and report.build == "of 2020" and "of the build of 2020" in report.as_text()
     assert report.expected == {domain: sum(per.values()) for domain, per in report.counts.items()}

@@ -83,7 +83,7 @@ def test_no_commands() -> None:
 
 
 def test_a_job_without_a_folder_is_refused() -> None:
-    with pytest.raises(UsageError, match="names its folder by --output_dir"):
+    with pytest.raises(UsageError, match="expected one with --output_dir"):
         local.launch([["train", "--output_dir"]])
 
 

@@ -192,7 +192,7 @@ def test_a_launcher_that_is_gone_leaves_the_jobs_and_the_next_one_waits_for_them
     (master,) = {i.split("_")[0] for i in running(3)}
     first.send_signal(signal.SIGINT)
     _, error = first.communicate(timeout=20)
-    assert f"Slurm's jobs go on; `status` tells how far they are. To end them: scancel {master}\n" in error
+    assert f"Slurm's jobs go on; `sweep status` shows their states. To end them: scancel {master}\n" in error
     assert "KeyboardInterrupt" in error
     assert slurm.launch(commands) == [0] * 4
     assert len((tmp_path / "slurm" / "jobs.txt").read_text().splitlines()) == 4, "nothing was submitted twice"
@@ -249,5 +249,5 @@ time.sleep(600)
 
 
 def test_jobs_that_slurm_does_not_take_are_an_error(cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="Slurm took no jobs: .*invalid partition"):
+    with pytest.raises(UsageError, match="Slurm refused the jobs: .*invalid partition"):
         slurm.launch([job(tmp_path / "a")], slurm={"partition": "nowhere"})

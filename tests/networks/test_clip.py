@@ -20,7 +20,7 @@ from domainbed_hp.registry import UsageError
         ("ViT-B-16-SigLIP", "webli", r"'ViT-B-16-SigLIP' has a timm tower"),
         ("convnext_base", "laion400m_s13b_b51k", r"'convnext_base' has a timm tower"),
         ("coca_ViT-B-32", "random", "without class-token pooling"),
-        ("ViT-B-16", "openai", "differ in their GELU: pass clip_model=ViT-B-16-quickgelu"),
+        ("ViT-B-16", "openai", "have another GELU than 'ViT-B-16': pass clip_model=ViT-B-16-quickgelu"),
         ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "is no file and no known tag"),
         ("ViT-B-61", "openai", "Did you mean 'ViT-B-16'"),
         ("ViT-B-16", "opennai", "is no file and no known tag"),

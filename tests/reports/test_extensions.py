@@ -149,7 +149,7 @@ def test_unknown_statistics_list_the_known(tmp_path: Path, capsys: pytest.Captur
     write(tmp_path, record(0, 0.5) | {"tilt": 1})
     assert run(main, ["--input_dir", str(tmp_path), flag, "tlit"]) == 2
     err = capsys.readouterr().err
-    assert "unknown number of the records 'tlit'. Did you mean 'tilt'? Known: " in err and "env0_in_acc" in err
+    assert "unknown number in the records 'tlit'. Did you mean 'tilt'? Known: " in err and "env0_in_acc" in err
     assert ("step_time" in err) == (flag == "--columns")
 
 

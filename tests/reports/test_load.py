@@ -81,8 +81,8 @@ def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
     assert len(found.frame) == 2 and np.isnan(found.frame["env0_in_acc"][1])
     a, b = (tmp_path / name / "results.jsonl" for name in "ab")
     assert found.notes == [
-        *(f"{a}: line {number} is not a whole record (torn?) and is left out" for number in (3, 5, 6)),
-        f"{a}: 1 records hold NaN; a validation accuracy that is NaN loses to any other",
+        *(f"{a}: line {number} is not a whole record (cut off?) and is left out" for number in (3, 5, 6)),
+        f"{a}: 1 records hold NaN; a NaN validation accuracy ranks below every other",
         f"{b} is empty",
     ]
 
@@ -122,7 +122,7 @@ def test_runs_of_different_protocols_are_rows_of_their_own(key, one, other, told
     name = told[0].partition("=")[0]
     (note,) = found.notes
     assert note == (
-        f"runs of 'ERM' on PACS differ in {name}, so each has its own row: "
+        f"runs of 'ERM' on PACS differ in {name}, so each value has its own row: "
         f"'ERM ({told[0]})' (2 runs), 'ERM ({told[1]})' (1 runs)"
     )
 
@@ -189,7 +189,7 @@ def test_a_run_that_is_there_twice_is_said(tmp_path, copy):
         write(tmp_path / "a", *[minimal() | {"step": step} for step in (0, 1, 1)])
     folders = [str(tmp_path / name) for name in ("ab" if copy == "folder" else "a")]
     (note,) = load_runs(tmp_path).notes
-    assert note.startswith("records of one run are there more than once") and f": {' and '.join(folders)}; " in note
+    assert note.startswith("records of one run exist more than once") and f": {' and '.join(folders)}; " in note
 
 
 def test_a_run_that_was_resumed_under_other_versions_has_both(tmp_path):

@@ -113,6 +113,6 @@ def test_a_row_that_is_planned_with_fewer_trials_lacks_none(tmp_path):
         row["n_trials"] = n_trials
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     assert find_missing(load_runs(tmp_path)) == []
-    assert "fewer trials than 2, as planned: LoRA (1)" in make_report(load_runs(tmp_path)).notes
+    assert "rows with fewer than 2 trials, as planned: LoRA (1)" in make_report(load_runs(tmp_path)).notes
     write(tmp_path / "other", record(0, 0.5, algorithm="LoRA", steps=3))  # a row of its own, planned alike
     assert {(key[0], key[3]) for key in keys(find_missing(load_runs(tmp_path)))} == {("LoRA (steps=3)", 0)}

@@ -145,7 +145,7 @@ def test_why_a_cell_is_x_where_no_job_is_missing():
     records = [record(env, 0.5) for env in range(4)] + [record(0, 0.5, algorithm="LoRA", dataset="VLCS")]
     made = report.make_report(collected(records))
     needs = f"{LeaveOneOut.name} needs runs with two test environments, and there are none"
-    assert sorted(made.absent_rows) == ["ERM, VLCS: no runs, hence X", "LoRA, PACS: no runs, hence X"]
+    assert sorted(made.absent_rows) == ["ERM, VLCS: no runs, so cells show X", "LoRA, PACS: no runs, so cells show X"]
     assert any(note.startswith(f"all rows, PACS: {needs}") for note in made.notes)
     assert not any(Oracle.name in note for note in made.notes)
 
@@ -183,7 +183,7 @@ def test_jobs_without_a_record_are_not_said_to_count(tmp_path):
     jobs = launched(tmp_path, [{**args, "test_envs": [env]} for env in range(4)], done=False)
     (jobs[0].folder / "results.jsonl").unlink()
     made = report.make_report(load_runs(tmp_path))
-    assert "3 jobs are not done; what they have recorded so far is counted" in made.notes
+    assert "3 jobs are not done; their records so far are counted" in made.notes
 
 
 @pytest.mark.parametrize("order", [1, -1])

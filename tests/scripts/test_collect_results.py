@@ -56,7 +56,7 @@ def test_a_torn_last_line_is_left_out_with_a_note(domainbed_sweep, capsys):
     assert collect(runs) == 0
     out, err = capsys.readouterr()
     assert out == expected
-    assert err == f"note: {torn}: line 6 is not a whole record (torn?) and is left out\n"
+    assert err == f"note: {torn}: line 6 is not a whole record (cut off?) and is left out\n"
     assert collect(runs, "--strict") == 2
 
 
@@ -203,7 +203,7 @@ def test_runs_of_different_protocols_are_rows_of_their_own(four_runs, capsys):
     collect(four_runs)
     out, err = capsys.readouterr()
     assert "ERM (steps=100)       30.0 +/- 0.0" in out and "ERM (steps=200)       70.0 +/- 0.0" in out
-    assert "note: runs of 'ERM' on PACS differ in steps, so each has its own row" in err
+    assert "note: runs of 'ERM' on PACS differ in steps, so each value has its own row" in err
 
 
 def test_what_the_registry_does_not_know_is_shown_and_said(four_runs, capsys):

@@ -63,12 +63,12 @@ def test_what_cannot_be_interpolated_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(main, [str(tmp_path)]) == 2
-    assert "no records there" in capsys.readouterr().err
+    assert "got no records" in capsys.readouterr().err
     assert run(main, [str(trained), "--output_dir", str(tmp_path), "--alphas", "-1"]) == 2
     assert "expected at least 0" in capsys.readouterr().err
     go(tmp_path / "sma", algorithm="LoRA", steps=1, hparams=json.dumps(HPARAMS | {"average": "sma"}))
     assert run(main, [str(tmp_path / "sma")]) == 2
-    assert "average=sma already" in capsys.readouterr().err
+    assert "got a model with average=sma" in capsys.readouterr().err
     go(tmp_path / "zero", algorithm="ZeroShotCLIP", hparams=json.dumps(HPARAMS))
     assert run(main, [str(tmp_path / "zero")]) == 2
     assert "trained nothing" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_only_the_top(sweep, capsys):
     [
         (["--algorithm", "Erm"], "unknown row 'Erm'. Did you mean 'ERM'"),
         (["--dataset", "VLCS"], "unknown data set 'VLCS'"),
-        (["--test_env", "7"], "--test_env 7: ERM was tested on the environments [0, 1, 2, 3]"),
+        (["--test_env", "7"], "--test_env: got 7, known for ERM: [0, 1, 2, 3]"),
         (["--top", "0"], "--top: got 0"),
     ],
 )

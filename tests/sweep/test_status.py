@@ -132,8 +132,8 @@ def test_an_estimate_goes_by_the_closest_jobs_that_are_done(tmp_path: Path) -> N
         job(tmp_path / "4", State.NOT_LAUNCHED, "ZeroShotCLIP", "PACS"),  # of all: 200
     ]
     told = estimate_cost(left, finished)
-    assert "about 32 min of one job after another" in told, "1950 s"
-    assert "from 5 that are done; 2 by its row and data set, 1 by its algorithm, 1 by all" in told
+    assert "about 32 min, one job at a time" in told, "1950 s"
+    assert "5 finished jobs; 2 from jobs of the same row and data set, 1 from jobs of the same algorithm, 1 " in told
     assert "8 min with 4 at a time" in estimate_cost(left, finished, parallel=4)
     assert estimate_cost(left, finished[5:]).startswith("No estimate")
 

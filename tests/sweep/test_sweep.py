@@ -324,7 +324,7 @@ def test_status(one_of_each: dict[State, Job], capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.splitlines() == [
         f"Failed: {folders[State.FAILED]} ('Debug28', 'ERM', [0, 2], 0): OSError: disk full",
         "6 jobs: 1 done, 1 running, 1 failed, 1 incomplete, 2 not launched.",
-        "At work; the rate shows once a job is done.",
+        "Running; the rate is known once one is done.",
     ]
     assert run(script.main, ["status", "--output_dir", "out", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -443,7 +443,7 @@ def test_delete_incomplete_spares_what_is_running(
 ) -> None:
     assert run(script.main, ["delete_incomplete", "--output_dir", "out", "--skip_confirmation"]) == 0
     out = capsys.readouterr().out
-    assert "About to delete 2 jobs.\nDeleted 2 jobs! 1 are running and stay.\n" in out
+    assert "About to delete 2 jobs.\nDeleted 2 jobs! 1 are running and were not deleted.\n" in out
     left = {state for state, job in one_of_each.items() if job.folder.exists()}
     assert left == {State.DONE, State.RUNNING}
 
@@ -458,7 +458,7 @@ def test_delete_incomplete_spares_a_job_that_starts_meanwhile(
         assert run(script.main, ["delete_incomplete", "--output_dir", "out", "--skip_confirmation"]) == 0
         assert (job.folder / "out.txt").exists()
     assert (one_of_each[State.DONE].folder / "done").exists()
-    assert "2 are running and stay" in capsys.readouterr().out
+    assert "2 are running and were not deleted" in capsys.readouterr().out
 
 
 def test_delete_incomplete_spares_jobs_that_the_flags_do_not_name(stubs: Path) -> None:
@@ -482,7 +482,9 @@ def test_a_dry_run_writes_nothing(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["Incomplete", "Not launched", "Not launched"]
     assert lines[-2] == "Would launch 3 jobs."
-    assert "Cost: about 30 min" in lines[-1] and "1 that are done; 3 by its row and data set" in lines[-1]
+    assert (
+        "Cost: about 30 min" in lines[-1] and "1 finished jobs; 3 from jobs of the same row and data set" in lines[-1]
+    )
     assert run(script.main, ["launch", *DEBUG, "--dry_run", "--retry_failed", "--output_dir", "new/sweep"]) == 0
     assert "No estimate" in capsys.readouterr().out
     assert snapshot(Path()) == before and not launched
@@ -721,7 +723,7 @@ def test_mistakes_are_refused_before_any_folder_exists(
         (lambda t: t.split("[[rows]]")[0], "rows must not be empty"),
         (lambda t: t + "hparams = { lora_rank = 1 }\n", "unknown hparam of ERM 'lora_rank'"),
         (lambda t: t + "[hparams]\nlora_rank = 1\n", "unknown hparam 'lora_rank'"),
-        (lambda t: t + "[hparams.LoRA]\nlora_rank = 1\n", "unknown algorithm with [hparams] of its own 'LoRA'"),
+        (lambda t: t + "[hparams.LoRA]\nlora_rank = 1\n", "unknown algorithm in [hparams] 'LoRA'"),
     ],
 )
 def test_mistakes_in_a_sweep_file(

@@ -52,7 +52,7 @@ class CheckResult:
         lines = [f"{self.dataset} in {self.folder}", tabulate(rows, headers=["class", *self.counts]), ""]
         lines += self.problems
         if self.build is None:
-            lines.append("the numbers of images are of no known build")
+            lines.append("the numbers of images match no known build")
         elif self.build:
             lines.append(f"the numbers of images are of the build {self.build}")
         lines += [f"cannot be decoded: {path}: {reason}" for path, reason in self.undecodable.items()]

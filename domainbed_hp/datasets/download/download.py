@@ -72,7 +72,7 @@ def download(
         accept_counts: Install images also where their numbers are of no known build.
     """
     if not spec.archives:
-        raise UsageError(f"{spec.name} has no archives to download" + (": it is made" if spec.build else ""))
+        raise UsageError(f"{spec.name} has no archives to download" + (": it is generated" if spec.build else ""))
     places = Places(data_dir.resolve(), spec.folder)
     try:
         with hold_lock(places.lock, f"{spec.name}: another process is downloading it, waiting"):
@@ -86,7 +86,7 @@ def download(
                     with suppress(OSError):  # in use, by this data set or by another
                         folder.rmdir()
     except OSError as error:
-        raise UsageError(f"{spec.name}: {error}. Put this right and run again; it goes on from here.") from error
+        raise UsageError(f"{spec.name}: {error}. Correct this and run again; it goes on from here.") from error
 
 
 def remove_downloads(downloads: Path, by_hand: Collection[Path]) -> None:
@@ -104,7 +104,7 @@ def match_archives(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[
     archives = {}
     for path in paths:
         if not path.is_file():
-            raise UsageError(f"--archive {path}: no such file")
+            raise UsageError(f"--archive {path}: no such file. Pass the path of an archive")
         if path.name not in names and not len(names) == len(paths) == 1:
             raise UsageError(f"--archive {path}: no archive has this name. Expected: {', '.join(names)}")
         archives[path.name if path.name in names else names[0]] = path
@@ -130,7 +130,7 @@ def is_complete(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
             + (", or accept it with --accept_counts." if not contents.problems else ".")
         )
     build = find_build(spec, contents.counts)
-    print(f"{spec.name}: complete in {target}" + (f" (the build {build})" if build else "") + ", left alone")
+    print(f"{spec.name}: complete in {target}" + (f" (the build {build})" if build else "") + ", not changed")
     return True
 
 

@@ -91,7 +91,7 @@ def check_content(path: Path, archive: Archive) -> None:
         words = " ".join(html.unescape(title[1]).split())[:200] if title else ""
         raise UsageError(f"got a web page instead of {archive.name}" + (f", titled {words!r}" if words else ""))
     if is_packed(archive) and not find_kind(path):
-        raise UsageError(f"got something that is neither a zip nor a tar instead of {archive.name}")
+        raise UsageError(f"got a file that is neither a zip nor a tar instead of {archive.name}")
 
 
 def check_digest(path: Path, digest: str) -> None:

@@ -141,7 +141,7 @@ def read_tar(archive: Path, into: Path, limit: int) -> Generator[Member, None, N
                 yield Member(info.name, info.size, info.isdir(), problem, extract)
             # tarfile takes the end of the file, and a header that it cannot read, for the end of the archive.
             if stream.last != bytes(tarfile.BLOCKSIZE):
-                raise EOFError("it ends before its end")
+                raise EOFError("the end of the archive is missing")
         while stream.read(CHUNK):  # on to the checksum of the gzip stream
             pass
 
@@ -156,6 +156,6 @@ class BoundedStream:
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= SMALL or self.file.tell() > 2 * self.limit:  # twice: headers and padding come on top
-            raise UsageError(f"{self.archive}: refused: a header, or the whole, unpacks to too much")
+            raise UsageError(f"{self.archive}: refused: a header, or the whole archive, is too large")
         self.last = self.file.read(size)
         return self.last

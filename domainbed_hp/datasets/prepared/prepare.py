@@ -85,7 +85,7 @@ def prepare(
             remove_files(folder, {path for e in environments for path in (e.data, e.index)})
     except OSError as error:
         # Views that were not yet synced are lost.
-        advice = "Put this right and run again; it goes on from where it last saved."
+        advice = "Correct this and run again; it goes on from where it last saved."
         raise UsageError(f"{error.filename or folder}: {error.strerror}. {advice}") from error
     print("\n".join([f"{folder}, {about.encoding}", *(environment.describe() for environment in environments)]))
     return folder
@@ -105,7 +105,7 @@ def choose_encoding(environments: list[Environment], about: About, threads: Thre
         raw = sum(e.estimate_size(replace(about, encoding="raw"), threads) for e in environments)
         encoding, where = ("compressed", "above") if raw > RAW_LIMIT else ("raw", "within")
         size, limit = format_bytes(raw), format_bytes(RAW_LIMIT)
-        print(f"{about.dataset}: {count:,} images, about {size} raw, {where} {limit}: {encoding}")
+        print(f"{about.dataset}: {count:,} images, about {size} raw, {where} the limit of {limit}: {encoding}")
         about = replace(about, encoding=encoding)
     needed = sum(max(0, e.estimate_size(about, threads) - e.end) for e in environments if not e.complete)
     folder = environments[0].data.parent

@@ -106,7 +106,7 @@ def read_prepared(spec: DatasetSpec, root: Path, folder: Path, command: str) -> 
     source = find_images(spec, root) if root.is_dir() else None
     about = read_about(folder)
     if about is None:
-        raise Stale("another version wrote it")
+        raise Stale("another version of the package wrote it")
     names = source.class_names if source else spec.class_names or about.class_names
     if (about.class_names, about.domains) != (names, spec.domain_folders) or len(names) != spec.num_classes:
         raise Stale("it has other environments or classes")
