@@ -11,8 +11,6 @@ does not start such a job, but at the end it watches all of them together for LE
 lease did not change. In the end the `RunLock` of the job decides.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -24,6 +22,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
@@ -169,7 +168,7 @@ class RunLock:
         self.created = False
         """True if the folder is new."""
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> Self:
         self.created = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,6 @@ An AssertionError says what was got, what was expected and what to do. CLIP meth
 downloaded, and an algorithm takes about two seconds on a CPU.
 """
 
-from __future__ import annotations
-
 import inspect
 import io
 import json

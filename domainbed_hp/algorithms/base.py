@@ -1,7 +1,5 @@
 """The contract of an algorithm: `__init__`, `update` and `predict`, as in DomainBed's algorithms.py."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar

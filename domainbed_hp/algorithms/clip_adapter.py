@@ -1,7 +1,5 @@
 """CLIP-Adapter (Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", IJCV 2024)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The two are independent. A subclass is an image side: it unfreezes or adds param
 The text side is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp.prompts`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """CLIPood (Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions", ICML 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ERM, empirical risk minimization (Vapnik, 1998): DomainBed's baseline, algorithms.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 

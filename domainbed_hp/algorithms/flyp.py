@@ -1,7 +1,5 @@
 """FLYP (Goyal et al., "Finetune like you pretrain: Improved finetuning of zero-shot vision models", CVPR 2023)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ arXiv 2412.07226; Image and Vision Computing 157 (2025) 105511.
 3. Cross-entropy trains adapters and gates. The MMD between source domains trains the gates alone (`backward`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

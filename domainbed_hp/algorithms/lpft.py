@@ -3,8 +3,6 @@
 Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

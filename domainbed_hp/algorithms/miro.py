@@ -3,8 +3,6 @@
 Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """VPT (Jia et al., "Visual Prompt Tuning", ECCV 2022), on CLIP as in MaPLe's comparison (Khattak et al., CVPR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read `domain/class/image` folders, in the order in which torchvision's ImageFolder does."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

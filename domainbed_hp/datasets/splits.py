@@ -1,7 +1,5 @@
 """Split environments: `in` to train on, `out` held out, `uda` the unlabeled images of a test environment."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import numpy as np

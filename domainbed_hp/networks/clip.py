@@ -3,8 +3,6 @@
 Preprocessing belongs to the weights: image size, interpolation and normalisation come with them.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

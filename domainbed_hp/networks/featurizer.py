@@ -3,10 +3,9 @@
 Every featurizer takes x (B, 3, S, S) in [0, 1], normalises it for itself and gives (B, `n_outputs`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -37,7 +36,7 @@ class ResNet(nn.Module):
         features: Tensor = self.dropout(self.network(self.normalise(x)))
         return features
 
-    def train(self, mode: bool = True) -> ResNet:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.freeze_bn:
             for module in self.network.modules():

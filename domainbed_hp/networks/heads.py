@@ -8,8 +8,6 @@ gates are not part of it.
 Shapes: B images, N tokens, D width, H heads of size Dh = D / H, r rank.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, cast
 
 import torch

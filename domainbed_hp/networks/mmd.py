@@ -1,7 +1,5 @@
 """Maximum mean discrepancy with Gaussian kernels: the only MMD of the package."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations

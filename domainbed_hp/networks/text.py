@@ -1,7 +1,5 @@
 """CLIP's text tower with `HeadAttention`. It reads tokens, or vectors in their place, as prompt learning needs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """CLIP's image tower with `HeadAttention`: open_clip's modules, weights and parameter names, a forward pass of ours."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 

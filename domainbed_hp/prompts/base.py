@@ -1,7 +1,5 @@
 """The contract of a text side: class names in, a classifier of image features out. Every image side takes every one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """CoCoOp (Zhou et al., "Conditional Prompt Learning for Vision-Language Models", CVPR 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

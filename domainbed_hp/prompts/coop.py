@@ -1,7 +1,5 @@
 """CoOp: context optimization (Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Domain prompt learning (Zhang et al., "Amortized Prompt: Lightweight Fine-Tuning for CLIP in Domain Generalization",
 arXiv 2111.12853, 2021; later "Domain Prompt Learning for Efficiently Adapting CLIP to Unseen Domains")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DUPRG (Niu et al., "Domain-Unified Prompt Representations for Source-Free Domain Generalization", 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Linear classifiers: weights that start at the text features, or at random."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MaPLe (Khattak et al., "MaPLe: Multi-modal Prompt Learning", CVPR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

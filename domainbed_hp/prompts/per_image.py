@@ -1,7 +1,5 @@
 """Text features where every image, or every domain, has a prompt of its own."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

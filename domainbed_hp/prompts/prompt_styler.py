@@ -3,8 +3,6 @@
 ICCV 2023.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The base of the source-free text sides: a classifier that trains on text alone, once, and is then frozen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A text tower that trains under a fixed template: in full (as in FLYP), or by low-rank changes (CLIP-LoRA)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

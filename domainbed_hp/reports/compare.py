@@ -1,7 +1,5 @@
 """Compare two rows of the tables, paired by trial and test environment."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every drawing function returns a matplotlib figure. None shows it, and none changes the global state of matplotlib.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any

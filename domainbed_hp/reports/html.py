@@ -1,7 +1,5 @@
 """The report as one HTML file that is complete in itself: it loads nothing from the network or from other files."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tables as LaTeX with booktabs: a complete document, or a fragment for `\\input`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from domainbed_hp.reports.report import Report

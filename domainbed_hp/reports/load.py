@@ -3,8 +3,6 @@
 Records are read one by one and only their numbers stay in memory: a sweep of a million records fits on a laptop.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os

@@ -6,8 +6,6 @@ A job that a sweep lists is missing until it is done. Any other is missing unles
 the last of its row on this data set.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Numbers that papers report, shown next to ours and never averaged with them; `published.toml` holds them."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The report: tables, the jobs that they lack, and the origin of their numbers. Every format is made from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby

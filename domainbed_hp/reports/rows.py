@@ -1,7 +1,5 @@
 """Runs and planned jobs, and their rows of the tables: runs of different protocols never share a row."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tables of results as numbers, averaged as DomainBed's collect_results.py does; every format is made from them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Tables as text (DomainBed's own layout), Markdown, CSV and JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

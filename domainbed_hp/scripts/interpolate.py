@@ -4,8 +4,6 @@ The weights are (1 - alpha) * initial + alpha * trained; nothing is trained agai
 accuracies. With --output_dir it also writes a run for each alpha, with average=wise, that collect_results reads.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

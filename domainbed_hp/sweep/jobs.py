@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import filelock
 
@@ -41,7 +41,7 @@ class Job:
     """The run's output_dir."""
 
     @classmethod
-    def create(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
+    def create(cls, output_dir: Path, args: dict[str, Any]) -> Self:
         """Return the job with these arguments; its name is that of its folder in `output_dir`."""
         return cls(args, output_dir / job_name({name: v for name, v in args.items() if name not in WHERE}))
 

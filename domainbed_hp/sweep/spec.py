@@ -9,7 +9,7 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from domainbed_hp import __version__, registry, run_args
 from domainbed_hp.registry import UsageError
@@ -68,7 +68,7 @@ class SweepSpec:
         return RunArgs.of(self.run)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], source: str) -> "SweepSpec":
+    def of(cls, values: Mapping[str, Any], source: str) -> Self:
         """Return the spec in the contents of a sweep file.
 
         Args:

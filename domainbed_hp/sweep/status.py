@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from domainbed_hp import run_dir
 from domainbed_hp.records import last_record
@@ -32,7 +32,7 @@ class SweepStatus:
     """Number of launchers at work."""
 
     @classmethod
-    def of(cls, jobs: Sequence[Job]) -> "SweepStatus":
+    def of(cls, jobs: Sequence[Job]) -> Self:
         """Read the states of `jobs` from their folders."""
         states = [job.state for job in jobs]
         launched = find_launchers(jobs[0].folder.parent) if jobs else []

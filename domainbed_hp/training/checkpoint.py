@@ -4,8 +4,6 @@ Batches, augmentation and dropout are functions of (seed, step). A checkpoint th
 a loader: only the step, weights, optimizers and unrecorded metrics.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import signal

@@ -1,7 +1,5 @@
 """Faster training steps, flag `--compile`: CUDA graphs and compiled transformer blocks."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sysconfig

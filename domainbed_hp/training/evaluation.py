@@ -1,7 +1,5 @@
 """Scores of an algorithm on splits, and the log of the metrics of its steps."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -4,8 +4,6 @@
 `about.json` with the facts that the key is a digest of, and the digest of each file. Files without it are not read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

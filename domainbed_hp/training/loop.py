@@ -1,7 +1,5 @@
 """The training loop of one run. A run that was stopped resumes where it was."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -1,7 +1,5 @@
 """Building an algorithm from its specification, and model files: the specification and the weights."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The text that a run prints, on the terminal and in `out.txt` in its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import platform
 import subprocess

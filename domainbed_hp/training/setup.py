@@ -1,10 +1,8 @@
 """From the arguments of a run to everything that it needs but its model; arguments that do not fit are refused here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -71,7 +69,7 @@ class RunSetup:
         """Steps in one epoch of the smallest environment, test environments included, as in DomainBed."""
         return min(len(split["in"]) for split in self.splits) / float(self.hparams["batch_size"])
 
-    def with_environments(self, environments: list[ImageViews]) -> RunSetup:
+    def with_environments(self, environments: list[ImageViews]) -> Self:
         """Return the same run on other views of the same images, such as their features."""
         return replace(self, dataset=replace(self.dataset, environments=environments))
 

@@ -4,8 +4,6 @@ SAM: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Gener
 DISAM: Zhang et al., "Domain-Inspired Sharpness-Aware Minimization Under Domain Shifts", ICLR 2024.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 The averaged weights are scored and saved in place of the last ones. Training never sees them: it goes on from its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar

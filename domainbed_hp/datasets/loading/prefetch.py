@@ -7,7 +7,7 @@ an error arrives as it was raised. The functions that run in them use numpy and 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ class ThreadPool:
         if self.executor is not None:
             self.executor.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> "ThreadPool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

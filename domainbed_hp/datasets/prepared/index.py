@@ -5,8 +5,6 @@ their index. While an environment is incomplete its index is `<domain>.csv.parti
 then its evaluation view: uint8 (h, w, 3) and (3, S, S) in encoding `raw`, a JPEG and a lossless WebP in `compressed`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import dataclasses
