@@ -104,12 +104,12 @@ def known_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | N
     A choice in `overrides`, such as prompt=coop, brings the hparams of what it names.
     """
     table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).HPARAMS
-    for plugin in load_choices(table, overrides or {}).values():
+    for plugin in load_chosen_plugins(table, overrides or {}).values():
         table = plugin.HPARAMS | table
     return {name: hparam.for_dataset(dataset) for name, hparam in table.items()}
 
 
-def load_choices(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
+def load_chosen_plugins(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the class that each hparam with `plugins` names, by `values` or by its default."""
     names = {name: (h.plugins, values.get(name, h.default)) for name, h in table.items() if h.plugins is not None}
     return {name: load(t, name, v) for name, (t, v) in names.items() if isinstance(v, str) and v != "none"}
@@ -145,7 +145,7 @@ def resolve_hparams(
         if name not in table:
             raise UsageError(f"{unknown_name(f'hparam of {algorithm}', name, table)}{name_choices_with(name, table)}")
         hparams[name] = table[name].check(name, value)
-    for plugin in load_choices(table, hparams).values():
+    for plugin in load_chosen_plugins(table, hparams).values():
         plugin.validate(hparams)
     load(ALGORITHMS, "algorithm", algorithm).validate(hparams)
     return hparams

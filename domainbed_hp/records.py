@@ -49,7 +49,7 @@ class Record(TypedDict, total=False):
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Add one whole line to a run's results.jsonl. It is on disk when this returns; on an error nothing is added."""
-    line = json.dumps(record, sort_keys=True, default=_to_plain).encode() + b"\n"
+    line = json.dumps(record, sort_keys=True, default=to_plain).encode() + b"\n"
     with open(folder / RESULTS, "ab+", buffering=0) as file:
         size = file.tell()
         if size:
@@ -137,7 +137,7 @@ def last_record(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _to_plain(value: Any) -> object:
+def to_plain(value: Any) -> object:
     """Return a value that JSON can hold, for numpy's scalars and arrays, such as a drawn int64, and for paths."""
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -111,16 +111,16 @@ class Algorithm(nn.Module):
         algorithm that changes anything else overrides this method and `load_training_state`; only tensors and plain
         values, also in lists and dicts, can be loaded again.
         """
-        states = {name: value.state_dict() for name, value in self._stateful_attributes().items()}
+        states = {name: value.state_dict() for name, value in self.find_stateful_attributes().items()}
         return {"weights": self.trained_state(), "states": states}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Load what `training_state` returned, into an algorithm that was built with the same arguments."""
         self.load_state_dict(state["weights"], strict=False)
-        for name, value in self._stateful_attributes().items():
+        for name, value in self.find_stateful_attributes().items():
             value.load_state_dict(state["states"][name])
 
-    def _stateful_attributes(self) -> dict[str, Any]:
+    def find_stateful_attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if hasattr(value, "load_state_dict")}
 
 

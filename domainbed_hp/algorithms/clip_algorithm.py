@@ -187,7 +187,7 @@ class ClipAlgorithm(Algorithm):
         `weight` is the share of these images in the step. A returned value is logged; it trains nothing.
         """
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
-        ce = F.cross_entropy(self.classify(self.encode(x), domain_sizes(minibatches)), y)
+        ce = F.cross_entropy(self.classify(self.encode(x), count_images(minibatches)), y)
         backpropagate(weight * ce)
         return {"ce": ce}
 
@@ -215,10 +215,10 @@ class ClipAlgorithm(Algorithm):
 
 def split_minibatches(minibatches: list[Minibatch], count: int) -> list[tuple[list[Minibatch], float]]:
     """Split all environments' minibatches into `count` parts. Return each part with its share of the images."""
-    total = sum(domain_sizes(minibatches))
+    total = sum(count_images(minibatches))
     split = [zip(x.tensor_split(count), y.tensor_split(count), strict=True) for x, y in minibatches]
     parts = map(list, zip(*split, strict=True))
-    return [(part, sum(domain_sizes(part)) / total) for part in parts]
+    return [(part, sum(count_images(part)) / total) for part in parts]
 
 
 def backpropagate(loss: Tensor) -> None:
@@ -227,7 +227,7 @@ def backpropagate(loss: Tensor) -> None:
         loss.backward()
 
 
-def domain_sizes(minibatches: list[Minibatch]) -> list[int]:
+def count_images(minibatches: list[Minibatch]) -> list[int]:
     """Return the number of images of each environment."""
     return [len(y) for _, y in minibatches]
 

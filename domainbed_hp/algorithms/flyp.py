@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.algorithms.clip_algorithm import backpropagate, domain_sizes
+from domainbed_hp.algorithms.clip_algorithm import backpropagate, count_images
 from domainbed_hp.algorithms.fine_tune_clip import FineTuneCLIP
 from domainbed_hp.hparams_registry import HParam, log_uniform
-from domainbed_hp.prompts.base import load_text_side_class, similarity, unit
+from domainbed_hp.prompts.base import compute_similarity, load_text_side_class, unit
 from domainbed_hp.registry import PROMPTS, UsageError
 
 
@@ -39,8 +39,8 @@ class FLYP(FineTuneCLIP):
         """Add the gradients of `weight` times the contrastive loss: mean of image to caption and caption to image."""
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
         images = unit(self.encode(x))
-        captions = self.text.class_features(images, domain_sizes(minibatches))[..., y, :]  # (B, E) or (B, B, E)
-        logits = self.logit_scale * similarity(images, captions)
+        captions = self.text.compute_class_features(images, count_images(minibatches))[..., y, :]  # (B, E) or (B, B, E)
+        logits = self.logit_scale * compute_similarity(images, captions)
         own = torch.arange(len(y), device=y.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         backpropagate(weight * loss)

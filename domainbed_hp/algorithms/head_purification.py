@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, domain_sizes
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, count_images
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, read_adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.compiled import compile_in_training
@@ -87,14 +87,14 @@ class HeadPurification(ClipAlgorithm):
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of cross-entropy to adapters and gates, and those of the MMD to the gates (`mmd_route`)."""
-        frozen, use_mmd = self.stage()
+        frozen, use_mmd = self.choose_stage()
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
         sizes = [len(y) for _, y in minibatches]  # images of each domain; their sum is B
 
         trace: list[Trace] = []
         features = self.encode(x, trace)  # (B, E)
         ce = F.cross_entropy(self.classify(features, sizes), y)
-        mmd, _ = self.mmd(self.domain_features(features, trace), sizes)
+        mmd, _ = self.mmd(self.compute_domain_features(features, trace), sizes)
 
         # One backward() of the sum would send the MMD's gradient to every parameter. It goes to the routed ones alone.
         if use_mmd and mmd.requires_grad:
@@ -104,7 +104,7 @@ class HeadPurification(ClipAlgorithm):
             parameter.grad = None
         return {"ce": ce, "mmd": mmd}
 
-    def domain_features(self, features: Tensor, trace: list[Trace]) -> Tensor:
+    def compute_domain_features(self, features: Tensor, trace: list[Trace]) -> Tensor:
         """Return what the MMD compares: the unit-norm image feature (B, E), or one feature per layer (L, B, D).
 
         A layer's feature is its class token after attention is added to the residual stream, layer-normalised: CLIP's
@@ -126,7 +126,7 @@ class HeadPurification(ClipAlgorithm):
         z = torch.stack(tokens)
         return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), z.shape[-1:])
 
-    def stage(self) -> tuple[list[nn.Parameter], bool]:
+    def choose_stage(self) -> tuple[list[nn.Parameter], bool]:
         """Return the parameters that do not train in this step, and whether the MMD trains.
 
         joint: both losses train everything. two_stage: in the first half cross-entropy trains the adapters, in the
@@ -144,7 +144,7 @@ class HeadPurification(ClipAlgorithm):
 
     def compile_parts(self) -> None:
         super().compile_parts()
-        compile_in_training(self, "domain_features")
+        compile_in_training(self, "compute_domain_features")
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class HeadPurification(ClipAlgorithm):
         if minibatches:
             trace: list[Trace] = []
             features = self.encode(torch.cat([x for x, _ in minibatches]), trace)
-            z = self.domain_features(features, trace)
-            mmd, self.diagnosis_scales = self.mmd(z, domain_sizes(minibatches), self.diagnosis_scales)
+            z = self.compute_domain_features(features, trace)
+            mmd, self.diagnosis_scales = self.mmd(z, count_images(minibatches), self.diagnosis_scales)
             values["val_mmd"] = mmd.item()
         return values

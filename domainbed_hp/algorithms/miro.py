@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_hp.algorithms.base import Minibatch, Preprocess
-from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, backpropagate, domain_sizes, unfreeze
+from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, backpropagate, count_images, unfreeze
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.preprocess import Normalise
 from domainbed_hp.networks.vit import Trace
@@ -75,7 +75,7 @@ class MIRO(ClipAlgorithm):
         """Add the gradients of `weight` times the sum of cross-entropy and the weighted penalty."""
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
         trace: list[Trace] = []
-        ce = F.cross_entropy(self.classify(self.encode(x, trace), domain_sizes(minibatches)), y)
+        ce = F.cross_entropy(self.classify(self.encode(x, trace), count_images(minibatches)), y)
         penalty = self.hparams["miro_weight"] * self.compute_penalty(x, trace)
         backpropagate(weight * (ce + penalty))
         return {"ce": ce, "miro": penalty}

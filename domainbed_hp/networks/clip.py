@@ -69,22 +69,22 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     elif model == "mini":
         name = LOCAL_DIR + str(MINI)
         if pretrained != "shapes" and not random:
-            checkpoint = _checkpoint_file(pretrained, ["shapes"])
+            checkpoint = check_checkpoint(pretrained, ["shapes"])
     else:
         name = model
         if model not in open_clip.list_models():
-            raise unknown_name("clip_model", model, ["mini", *filter(_is_supported, open_clip.list_models())])
-        _check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
+            raise unknown_name("clip_model", model, ["mini", *filter(is_supported, open_clip.list_models())])
+        check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained in tags:
             checkpoint, preprocess = pretrained, open_clip.get_pretrained_cfg(model, pretrained)
-            _check_gelu(model, pretrained)
+            check_gelu(model, pretrained)
         elif not random:
-            checkpoint = _checkpoint_file(pretrained, tags)
+            checkpoint = check_checkpoint(pretrained, tags)
     if name.startswith(LOCAL_DIR):
-        config = _read_config(Path(name.removeprefix(LOCAL_DIR)))
+        config = read_config(Path(name.removeprefix(LOCAL_DIR)))
         model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-        _check_tower(name, model_cfg["vision_cfg"])
+        check_tower(name, model_cfg["vision_cfg"])
     else:
         model_cfg = open_clip.get_model_config(model)
     defaults = vars(PreprocessCfg())
@@ -113,15 +113,15 @@ class Clip:
         """Return unit-norm text features (len(prompts), E)."""
         return encode_prompts(self._model, self.source, prompts)
 
-    def text_tower(self) -> TextTower:
+    def make_text_tower(self) -> TextTower:
         """Return the text tower, frozen, for prompts with learned vectors. Call it once, after `text_features`."""
         if not isinstance(self._model, open_clip.CLIP):
             raise UsageError(f"{self.source.name}: its text tower is not of CLIP's own kind; use prompt=template")
-        return TextTower(self._model, _tokenizer(self.source), self.source.random).requires_grad_(False)
+        return TextTower(self._model, make_tokenizer(self.source), self.source.random).requires_grad_(False)
 
 
 def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[str]) -> Tensor:
-    tokenize = _tokenizer(source)
+    tokenize = make_tokenizer(source)
     batches = [clip.encode_text(tokenize(list(prompts[i : i + 256]))) for i in range(0, len(prompts), 256)]
     return F.normalize(torch.cat(batches).float(), dim=-1)
 
@@ -133,7 +133,7 @@ def load_clip(model: str, pretrained: str) -> Clip:
     """
     source = find_clip(model, pretrained)
     with torch.random.fork_rng(devices=[]):
-        clip = _create(source).eval()
+        clip = create_model(source).eval()
     visual = VisionTower(clip.visual, source.preprocess_cfg["mean"], source.preprocess_cfg["std"])
     del clip.visual
     return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip)
@@ -148,7 +148,7 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
         raise UsageError(
             "clip_pretrained=random cannot be exported: its text tower is gone. Train from a checkpoint file."
         )
-    state = _create(source).state_dict()
+    state = create_model(source).state_dict()
     expected = {k: v.shape for k, v in state.items() if k.startswith("visual.") or k in weights}
     if {k: v.shape for k, v in weights.items()} != expected:
         raise ValueError(f"weights do not fit {source.name}: {sorted(expected.keys() ^ weights.keys())[:5]}")
@@ -162,7 +162,7 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
         shutil.copyfile(source.folder / bpe, folder / bpe)
 
 
-def _create(source: ClipSource) -> open_clip.CLIP:
+def create_model(source: ClipSource) -> open_clip.CLIP:
     """Return open_clip's model with the source's weights."""
     in_folder = source.pretrained is None and not source.random
     try:
@@ -181,7 +181,7 @@ def _create(source: ClipSource) -> open_clip.CLIP:
     return clip
 
 
-def _tokenizer(source: ClipSource) -> Any:
+def make_tokenizer(source: ClipSource) -> Any:
     kwargs = {}
     bpe = source.model_cfg["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
     if bpe and source.folder:  # open_clip would look for it in the current folder
@@ -189,7 +189,7 @@ def _tokenizer(source: ClipSource) -> Any:
     return open_clip.get_tokenizer(source.name, **kwargs)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -199,13 +199,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _checkpoint_file(path: str, tags: list[str]) -> str:
+def check_checkpoint(path: str, tags: list[str]) -> str:
     if not Path(path).is_file():
         raise UsageError(f"clip_pretrained={path!r} is no file and no known tag ({', '.join(tags)}). {ADVICE}")
     return path
 
 
-def _check_gelu(model: str, tag: str) -> None:
+def check_gelu(model: str, tag: str) -> None:
     """Raise `UsageError` where a tag was trained with the other GELU: features would be wrong, open_clip only warns."""
     trained = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
     if trained != bool(open_clip.get_model_config(model).get("quick_gelu", False)):
@@ -213,7 +213,7 @@ def _check_gelu(model: str, tag: str) -> None:
         raise UsageError(f"{model!r} and tag {tag!r} differ in their GELU: pass clip_model={other}")
 
 
-def _find_obstacle(vision: dict[str, Any]) -> str | None:
+def find_obstacle(vision: dict[str, Any]) -> str | None:
     """Return why the heads of a tower cannot be reached, None if they can."""
     if "timm_model_name" in vision:
         return f"a timm tower ({vision['timm_model_name']})"
@@ -226,13 +226,13 @@ def _find_obstacle(vision: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_supported(model: str) -> bool:
-    return _find_obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
+def is_supported(model: str) -> bool:
+    return find_obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
 
 
-def _check_tower(name: str, vision: dict[str, Any]) -> None:
+def check_tower(name: str, vision: dict[str, Any]) -> None:
     """Raise `UsageError` for towers whose heads cannot be reached."""
-    obstacle = _find_obstacle(vision)
+    obstacle = find_obstacle(vision)
     if obstacle:
         raise UsageError(
             f"{name!r} has {obstacle}; attention heads are reached in open_clip's ViTs with a class token, "

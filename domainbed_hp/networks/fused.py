@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 def fused_adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
     """Return torch's fused AdamW. Its steps do not raise the version of the weights that they change.
 
-    Values cached by that version (`TextSide.class_features`) would never be renewed, so a hook raises it.
+    Values cached by that version (`TextSide.compute_class_features`) would never be renewed, so a hook raises it.
     """
     optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     optimizer.register_step_post_hook(raise_versions)

@@ -48,18 +48,18 @@ class LowRank(nn.Module):
         a, b = self.build_factors()
         return torch.addmm(y.flatten(0, 1), x.flatten(0, 1) @ a, b, alpha=self.scale).view(y.shape)
 
-    def delta_weight(self) -> Tensor:
+    def compute_delta_weight(self) -> Tensor:
         """Return dW (D, D)."""
         a, b = self.build_factors()
         return self.scale * (a @ b)
 
 
-def kaiming_uniform(width: int, *shape: int) -> Tensor:
+def draw_kaiming_uniform(width: int, *shape: int) -> Tensor:
     """Return a random tensor, Kaiming-uniform (a = sqrt 5) with fan-in `width`."""
     return torch.empty(*shape).uniform_(-(width**-0.5), width**-0.5)
 
 
-def block_diagonal(blocks: Tensor) -> Tensor:
+def make_block_diagonal(blocks: Tensor) -> Tensor:
     """Return the block-diagonal matrix of H blocks, (H, a, b) -> (H a, H b)."""
     own = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
     return (blocks[:, :, None] * own).flatten(2).flatten(0, 1)  # (H, a, H, b)
@@ -75,14 +75,14 @@ class HeadLoRA(LowRank):
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        lora_A = kaiming_uniform(width, 1 if shared else num_heads, width, rank)
+        lora_A = draw_kaiming_uniform(width, 1 if shared else num_heads, width, rank)
         super().__init__(lora_A, torch.zeros(num_heads, rank, width // num_heads), scale, dropout)
 
     def build_factors(self) -> tuple[Tensor, Tensor]:
         a = self.lora_A.transpose(0, 1).flatten(1)
         if len(self.lora_A) == 1:
             return a, self.lora_B.transpose(0, 1).flatten(1)
-        return a, block_diagonal(self.lora_B)
+        return a, make_block_diagonal(self.lora_B)
 
 
 class OutputHeadLoRA(LowRank):
@@ -94,14 +94,14 @@ class OutputHeadLoRA(LowRank):
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        lora_A = kaiming_uniform(width, num_heads, width // num_heads, rank)
+        lora_A = draw_kaiming_uniform(width, num_heads, width // num_heads, rank)
         super().__init__(lora_A, torch.zeros(1 if shared else num_heads, rank, width), scale, dropout)
 
     def build_factors(self) -> tuple[Tensor, Tensor]:
         b = self.lora_B.flatten(0, 1)
         if len(self.lora_B) == 1:
             return self.lora_A.flatten(0, 1), b
-        return block_diagonal(self.lora_A), b
+        return make_block_diagonal(self.lora_A), b
 
 
 class HeadGate(nn.Module):
@@ -146,7 +146,7 @@ class GatedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, gates: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(heads, gates, weight)
-        gated = gated_weight(weight, gates).to(heads.dtype)
+        gated = gate_weight(weight, gates).to(heads.dtype)
         return F.linear(heads.flatten(-2), gated, bias.to(heads.dtype))
 
     @staticmethod
@@ -169,7 +169,7 @@ class GatedProjection(torch.autograd.Function):
         return d_heads, d_gates, d_weight, d_bias
 
 
-def gated_weight(weight: Tensor, gates: Tensor) -> Tensor:
+def gate_weight(weight: Tensor, gates: Tensor) -> Tensor:
     """Return W_o (D, D), as nn.Linear stores it, with the columns that read head i multiplied by gate i."""
     gated: Tensor = weight.unflatten(1, (len(gates), -1)) * gates[:, None]
     return gated.flatten(1)
@@ -219,7 +219,7 @@ class HeadAttention(nn.Module):
         )  # where nothing trains, adapters are added to the weights
         start = self.width * "qkv".index(names)
         rows = slice(start, start + self.width * len(names))
-        weight = self.merged_in_proj() if merge else self.in_proj_weight
+        weight = self.merge_in_proj() if merge else self.in_proj_weight
         parts = F.linear(x, weight[rows], self.in_proj_bias[rows]).chunk(len(names), dim=-1)
         return [
             y if merge or name not in self.adapters else self.adapters[name](x, y)
@@ -239,14 +239,14 @@ class HeadAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.project_heads(self.compute_heads(x))
 
-    def merged_in_proj(self) -> Tensor:
+    def merge_in_proj(self) -> Tensor:
         """Return W_q, W_k and W_v with their adapters added, (3 D, D) as nn.Linear stores them."""
         if not set("qkv") & set(self.adapters):
             return self.in_proj_weight
         merged = self.in_proj_weight.clone()
         for name, rows in zip("qkv", merged.chunk(3), strict=True):
             if name in self.adapters:
-                rows += cast(LowRank, self.adapters[name]).delta_weight().T
+                rows += cast(LowRank, self.adapters[name]).compute_delta_weight().T
         return merged
 
     @torch.no_grad()
@@ -254,11 +254,11 @@ class HeadAttention(nn.Module):
         """Return weights that compute the same: W + dW, and W_o with gate i in the rows that read head i."""
         out_proj = self.out_proj.weight.clone()  # stored transposed: the rows of W_o are columns here
         if "o" in self.adapters:
-            out_proj += cast(LowRank, self.adapters["o"]).delta_weight().T
+            out_proj += cast(LowRank, self.adapters["o"]).compute_delta_weight().T
         if self.gate is not None:
-            out_proj = gated_weight(out_proj, self.gate()).to(out_proj.dtype)
+            out_proj = gate_weight(out_proj, self.gate()).to(out_proj.dtype)
         return {
-            "in_proj_weight": self.merged_in_proj().clone(),
+            "in_proj_weight": self.merge_in_proj().clone(),
             "in_proj_bias": self.in_proj_bias.clone(),
             "out_proj.weight": out_proj,
             "out_proj.bias": self.out_proj.bias.clone(),

@@ -40,15 +40,15 @@ class MMD(nn.Module):
         if len(sizes) < 2:
             return z.new_zeros(()), z.new_zeros(0)
         with torch.autocast(z.device.type, enabled=False):
-            d2 = squared_distances(z)  # (..., n, n)
-            c, distinct = pair_contrasts(tuple(sizes), z.detach())  # (P, n), (P, n, n)
-            s = bandwidths(d2, distinct, self.kernel) if scales is None else scales  # (..., P)
+            d2 = compute_squared_distances(z)  # (..., n, n)
+            c, distinct = make_pair_contrasts(tuple(sizes), z.detach())  # (P, n), (P, n, n)
+            s = compute_bandwidths(d2, distinct, self.kernel) if scales is None else scales  # (..., P)
             u = d2[..., None, :, :] / s[..., None, None]  # (..., P, n, n)
             k = torch.stack([-rate * u for rate in RATES[self.kernel]]).exp().sum(0)
             return (k * (c[:, :, None] * c[:, None, :])).sum((-2, -1)).mean(), s
 
 
-def squared_distances(z: Tensor) -> Tensor:
+def compute_squared_distances(z: Tensor) -> Tensor:
     """Return |z_i - z_j|^2, (..., n, D) -> (..., n, n). Centred first, which changes no distance and cancels less."""
     z = z - z.mean(-2, keepdim=True)
     norms = z.square().sum(-1)
@@ -57,7 +57,7 @@ def squared_distances(z: Tensor) -> Tensor:
 
 @cache
 @torch.inference_mode(False)  # cached tensors take part in training, even if evaluation asked first
-def _pair_contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_pair_contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     a, b = torch.tensor(list(combinations(range(len(sizes)), 2))).T
     means = torch.block_diag(*(torch.full((1, n), 1 / n, dtype=dtype) for n in sizes))
     contrasts = means[a] - means[b]
@@ -67,16 +67,16 @@ def _pair_contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 
 @torch.compiler.assume_constant_result
-def pair_contrasts(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
+def make_pair_contrasts(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the contrasts (P, n) of the P pairs of domains, and their distinct pairs of features (P, n, n).
 
     The contrast of (a, b) is 1 / n_a at a's features, -1 / n_b at b's and 0 elsewhere. Distinct pairs are 1, others 0.
     Both have the type and the device of z.
     """
-    return _pair_contrasts(sizes, z.dtype, z.device)
+    return _make_pair_contrasts(sizes, z.dtype, z.device)
 
 
-def bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
+def compute_bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
     """Return the scale s of the kernel for each pair of domains, detached: squared distances (..., n, n) -> (..., P).
 
     `distinct` (P, n, n) selects a pair's distances. multi_gaussian: their mean. median: their median. domainbed: 1.

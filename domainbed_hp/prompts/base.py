@@ -23,7 +23,7 @@ RENAMED_METHODS = {
 TEMPLATE_HPARAMS = {"template": HParam(TEMPLATE, help="prompt of a class; {} is its name")}
 
 
-def class_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:
+def make_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:
     """Return one prompt per class. Underscores in class names become spaces."""
     if template.count("{}") != 1:
         raise UsageError(f"template {template!r}: expected one {{}} where the class name goes, e.g. {TEMPLATE!r}")
@@ -66,7 +66,7 @@ class TextSide(nn.Module):
     def validate(cls, hparams: dict[str, Any]) -> None:
         """Raise `UsageError` for hparams that do not go together. Called before anything is built."""
         if "template" in cls.HPARAMS:
-            class_prompts([], hparams["template"])
+            make_prompts([], hparams["template"])
 
     @classmethod
     def trains(cls, hparams: dict[str, Any]) -> bool:
@@ -108,7 +108,7 @@ class TextSide(nn.Module):
             "image tower alone is `algorithm.tower.merge()`"
         )
 
-    def class_features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    def compute_class_features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Return `encode`'s result, cached where no gradient is needed and the images do not matter.
 
         The cache is valid while no parameter or buffer changes.
@@ -125,10 +125,10 @@ class TextSide(nn.Module):
     def forward(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Return logits (B, C) of image features (B, E) of any length."""
         images = unit(features)
-        return self.logit_scale * similarity(images, self.class_features(images, sizes))
+        return self.logit_scale * compute_similarity(images, self.compute_class_features(images, sizes))
 
 
-def similarity(images: Tensor, text: Tensor) -> Tensor:
+def compute_similarity(images: Tensor, text: Tensor) -> Tensor:
     """Return cosines (B, C) of unit-norm image features (B, E) with text features (C, E) or (B, C, E)."""
     with torch.autocast(images.device.type, enabled=False):
         return images @ text.T if text.dim() == 2 else torch.einsum("be,bce->bc", images, text)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, class_prompts
+from domainbed_hp.prompts.base import TextSide, make_prompts
 from domainbed_hp.prompts.per_image import encode_prompts
 
 
@@ -40,9 +40,9 @@ class DPL(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
+        self.tower = clip.make_text_tower()
         tokens, width, dropout = hparams["prompt_tokens"], hparams["dpl_width"], hparams["dpl_dropout"]
-        self.sentences = Sentences(self.tower, "", tokens, class_prompts(class_names, "{}."))
+        self.sentences = Sentences(self.tower, "", tokens, make_prompts(class_names, "{}."))
         self.mlp = nn.Sequential(
             nn.Linear(clip.embed_dim, width),
             nn.Dropout(dropout),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, unit
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_prompts, unit
 
 
 class Template(TextSide):
@@ -24,7 +24,7 @@ class Template(TextSide):
 
     def compute_features(self, clip: Clip) -> Tensor:
         """Return unit-norm text features (C, E)."""
-        return clip.text_features(class_prompts(self.class_names, self.hparams["template"]))
+        return clip.text_features(make_prompts(self.class_names, self.hparams["template"]))
 
     def merge(self) -> dict[str, Tensor]:
         return {}

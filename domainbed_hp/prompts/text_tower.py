@@ -10,7 +10,7 @@ from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.heads import check_targets
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, make_adamw, unit
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_adamw, make_prompts, unit
 
 
 class TunedTextTower(TextSide):
@@ -28,8 +28,8 @@ class TunedTextTower(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
-        self.sentences = Sentences(self.tower, "", 0, class_prompts(class_names, hparams["template"]))
+        self.tower = clip.make_text_tower()
+        self.sentences = Sentences(self.tower, "", 0, make_prompts(class_names, hparams["template"]))
         self.trained = self.unfreeze()
 
     def unfreeze(self) -> list[torch.nn.Parameter]:

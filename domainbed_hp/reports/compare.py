@@ -47,7 +47,7 @@ class Difference:
     def mean(self) -> float:
         return self.a - self.b
 
-    def warning(self) -> str:
+    def describe_warning(self) -> str:
         """Return the conclusions that so few trials do not allow; empty where there are enough."""
         if 2.0 ** (1 - self.trials) < 1 - LEVEL:  # the smallest p that so many sign flips can give
             return ""
@@ -76,7 +76,7 @@ class Comparison:
     def title(self) -> str:
         return f"{self.a} (a) minus {self.b} (b), {self.dataset}, model selection method: {self.method.name}"
 
-    def lines(self) -> list[list[str]]:
+    def format_lines(self) -> list[list[str]]:
         """Return the differences as text, a line each, in the order of HEADER."""
         return [
             [
@@ -91,18 +91,18 @@ class Comparison:
             for d in self.differences
         ]
 
-    def warnings(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         """Return a line for the pairs that are left out, and one for every reason why there are too few trials."""
         where: dict[str, list[str]] = {}
         for d in self.differences:
-            where.setdefault(d.warning(), []).append(d.where)
+            where.setdefault(d.describe_warning(), []).append(d.where)
         lines = [f"{self.dataset}, {', '.join(names)}: {why}; run more trials" for why, names in where.items() if why]
         return lines + [f"{self.dataset}: {self.left_out} pairs hold NaN and are left out"] * bool(self.left_out)
 
     def to_text(self) -> str:
         """Return the title, the differences and the warnings as plain text."""
-        table = tabulate(self.lines(), self.HEADER, disable_numparse=True)
-        return "\n".join([f"-------- {self.title}", table, *(f"warning: {w}" for w in self.warnings())])
+        table = tabulate(self.format_lines(), self.HEADER, disable_numparse=True)
+        return "\n".join([f"-------- {self.title}", table, *(f"warning: {w}" for w in self.list_warnings())])
 
 
 def compare_rows(frame: pd.DataFrame, a: str, b: str) -> list[Comparison]:

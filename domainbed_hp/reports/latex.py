@@ -44,8 +44,8 @@ def to_latex(report: Report) -> str:
             lines += ["", rf"\subsubsection{{{escape_latex(table.title)}}}", *format_table(report, table)]
     for published in report.published:
         lines += ["", rf"\subsection{{{escape_latex(published.title)}}}", r"\begin{center}"]
-        lines += [*format_tabular(published.header, published.lines()), r"\end{center}"]
-        lines += [rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.notes()]
+        lines += [*format_tabular(published.header, published.format_lines()), r"\end{center}"]
+        lines += [rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.list_notes()]
     return DOCUMENT + FIT + "\n".join([*lines, r"\end{document}"]) + "\n"
 
 
@@ -57,8 +57,8 @@ def to_fragment(report: Report) -> str:
         lines += ["", r"\begin{table}", caption, *format_table(report, table), r"\end{table}"]
     for published in report.published:
         lines += ["", r"\begin{table}", rf"\caption{{{escape_latex(published.title)}.}}", r"\begin{center}"]
-        lines += [*format_tabular(published.header, published.lines()), r"\end{center}"]
-        lines += [*(rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.notes()), r"\end{table}"]
+        lines += [*format_tabular(published.header, published.format_lines()), r"\end{center}"]
+        lines += [*(rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.list_notes()), r"\end{table}"]
     return FRAGMENT + FIT + "\n".join(lines) + "\n"
 
 

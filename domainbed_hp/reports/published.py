@@ -41,14 +41,14 @@ class PublishedTable:
     def header(self) -> list[str]:
         return ["Published", *self.columns, "source", "weights", "target", "selection"]
 
-    def lines(self) -> list[list[str]]:
+    def format_lines(self) -> list[list[str]]:
         """Return all lines below the header."""
         return [
             [row.method, *cells, row.source, row.weights, row.target, row.selection]
             for row, cells in zip(self.rows, self.cells, strict=True)
         ]
 
-    def notes(self) -> list[str]:
+    def list_notes(self) -> list[str]:
         """Return the meaning of the letters that name sources, the remarks on rows, and a warning."""
         used = {letter for row in self.rows for letter in row.source.split(", ")}
         sources = "; ".join(f"{letter}: {text}" for letter, text in load_published()[0].items() if letter in used)

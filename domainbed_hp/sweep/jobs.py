@@ -26,7 +26,7 @@ LAUNCHERS = "launchers"
 """Folder in that of a sweep; it has a folder for each launcher that is at work."""
 
 
-def job_name(args: Mapping[str, Any]) -> str:
+def make_job_name(args: Mapping[str, Any]) -> str:
     """Return the md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
     return hashlib.md5(json.dumps(dict(args), sort_keys=True).encode()).hexdigest()
 
@@ -43,7 +43,7 @@ class Job:
     @classmethod
     def create(cls, output_dir: Path, args: dict[str, Any]) -> Self:
         """Return the job with these arguments; its name is that of its folder in `output_dir`."""
-        return cls(args, output_dir / job_name({name: v for name, v in args.items() if name not in WHERE}))
+        return cls(args, output_dir / make_job_name({name: v for name, v in args.items() if name not in WHERE}))
 
     @property
     def state(self) -> State:

@@ -9,7 +9,7 @@ from helpers import make
 
 from domainbed_hp.networks import clip
 from domainbed_hp.networks.clip import MINI, find_clip, load_clip
-from domainbed_hp.prompts.base import class_prompts
+from domainbed_hp.prompts.base import make_prompts
 from domainbed_hp.registry import UsageError
 
 
@@ -73,7 +73,7 @@ def test_checkpoint_file_gives_the_same_model(tmp_path: Path) -> None:
 
 
 def test_text_features_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = class_prompts(["dog", "alarm_clock"])
+    prompts = make_prompts(["dog", "alarm_clock"])
     assert prompts == ["a photo of a dog.", "a photo of a alarm clock."]
     monkeypatch.chdir(MINI)  # where stock open_clip finds the relative bpe_path
     stock = open_clip.create_model("local-dir:.").eval()
@@ -84,7 +84,7 @@ def test_text_features_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_template_needs_one_place_for_the_name() -> None:
     with pytest.raises(UsageError, match="expected one {}"):
-        class_prompts(["dog"], "a photo.")
+        make_prompts(["dog"], "a photo.")
 
 
 def test_text_tower_is_dropped() -> None:

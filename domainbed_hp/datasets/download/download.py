@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from domainbed_hp.datasets.download import fetch
-from domainbed_hp.datasets.download.unpack import unpack, unpacked_size
+from domainbed_hp.datasets.download.unpack import read_unpacked_size, unpack
 from domainbed_hp.datasets.folder import (
     describe_counts,
     find_build,
@@ -215,7 +215,7 @@ def fetch_archive(
 
 def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], by_hand: Collection[Path]) -> None:
     """Unpack all archives into `places.partial`; a damaged one is removed, unless it was fetched by hand."""
-    fetch.check_space(places.data_dir, sum(map(unpacked_size, files.values())))
+    fetch.check_space(places.data_dir, sum(map(read_unpacked_size, files.values())))
     places.partial.mkdir()
     for archive in spec.archives:
         path = files[archive.name]

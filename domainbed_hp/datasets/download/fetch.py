@@ -78,7 +78,7 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
         pooch.retrieve(source, None, fname=name, path=folder, downloader=download_checked)
     finally:
         if not partial.exists():
-            stamp_of(partial).unlink(missing_ok=True)
+            get_stamp_path(partial).unlink(missing_ok=True)
     return path
 
 
@@ -106,13 +106,13 @@ def is_packed(archive: Archive) -> bool:
 
 def resume(url: str, partial: Path) -> None:
     """Download the file at `url` to `partial`; after lost connections and from busy servers, try again and again."""
-    failures, furthest = 0, file_size(partial)
+    failures, furthest = 0, read_size(partial)
     with requests.Session() as session:
         while True:
             try:
                 return transfer(session, url, partial)
             except RETRIED as error:
-                if (reached := file_size(partial)) > furthest:
+                if (reached := read_size(partial)) > furthest:
                     failures, furthest = 0, reached
                 failures += 1
                 if failures > RETRIES:
@@ -125,14 +125,14 @@ def resume(url: str, partial: Path) -> None:
 
 def transfer(session: requests.Session, url: str, partial: Path) -> None:
     """Try once to download the rest of the file."""
-    stamp = stamp_of(partial)
-    start = file_size(partial) if stamp.exists() else 0
+    stamp = get_stamp_path(partial)
+    start = read_size(partial) if stamp.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": stamp.read_text()}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         if response.status_code in BUSY:
-            raise Busy(f"{response.status_code} {response.reason}", retry_after_s(response))
+            raise Busy(f"{response.status_code} {response.reason}", read_retry_after_s(response))
         content_range = response.headers.get("Content-Range", "")
         tag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
         version = modified if tag.startswith("W/") or not tag else tag
@@ -169,11 +169,11 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
                         bar.update(len(chunk))
                 except urllib3.exceptions.HTTPError as error:
                     raise requests.ConnectionError(str(error)) from error
-    if total is not None and file_size(partial) != total:
-        raise requests.ConnectionError(f"got {file_size(partial):,} of {total:,} bytes")
+    if total is not None and read_size(partial) != total:
+        raise requests.ConnectionError(f"got {read_size(partial):,} of {total:,} bytes")
 
 
-def stamp_of(partial: Path) -> Path:
+def get_stamp_path(partial: Path) -> Path:
     """Return the path of the file that names the version of the source's file of which `partial` is a part."""
     return partial.with_suffix(".stamp")
 
@@ -192,7 +192,7 @@ def download_from_drive(source: str, partial: Path) -> None:
             check_space(partial.parent, total - received)
         bar.update(received - bar.n)
 
-    before = sum(map(file_size, list_parts()))
+    before = sum(map(read_size, list_parts()))
     download = functools.partial(
         gdown_download,
         id=source.removeprefix(DRIVE),
@@ -211,7 +211,7 @@ def download_from_drive(source: str, partial: Path) -> None:
             # gdown cannot go on with a part that is whole already, or whose file was replaced. Those errors are neither
             # a page of Drive's nor a lost connection.
             stuck = before and not isinstance(error, FileURLRetrievalError) and error.__cause__ is None
-            if not stuck or sum(map(file_size, list_parts())) > before:
+            if not stuck or sum(map(read_size, list_parts())) > before:
                 raise
             for part in list_parts():
                 part.unlink()
@@ -223,7 +223,7 @@ def show_progress(partial: Path, total: int | None, start: int) -> "tqdm[Never]"
     return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
 
 
-def file_size(path: Path) -> int:
+def read_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
@@ -233,7 +233,7 @@ def check_space(folder: Path, need: int) -> None:
         raise OSError(f"got {free:,} free bytes in {folder}, expected at least {need:,}")
 
 
-def retry_after_s(response: requests.Response) -> float:
+def read_retry_after_s(response: requests.Response) -> float:
     """Return the wait that the server asks for, in seconds or as a date; 0 where it asks for none."""
     text = response.headers.get("Retry-After", "")
     if text.isdigit():

@@ -101,7 +101,7 @@ def unpack(archive: Path, into: Path) -> None:
         raise UsageError(f"{archive}: damaged, or not what its name says{where}: {error}") from error
 
 
-def unpacked_size(archive: Path) -> int:
+def read_unpacked_size(archive: Path) -> int:
     """Return the number of bytes that a zip says it holds; of a tar, the least that it can hold."""
     if find_kind(archive) == "zip":
         with suppress(Exception), zipfile.ZipFile(archive) as file:  # `unpack` reports what is wrong

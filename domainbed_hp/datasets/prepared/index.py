@@ -60,7 +60,7 @@ class Entry(NamedTuple):
         return self.offset + self.training_bytes + self.evaluation_bytes
 
 
-def prepared_folder(spec: DatasetSpec, data_dir: Path, size: int, resize: str, interpolation: str) -> Path:
+def get_prepared_folder(spec: DatasetSpec, data_dir: Path, size: int, resize: str, interpolation: str) -> Path:
     root = (data_dir / spec.folder).absolute()
     return root.parent / "prepared" / f"{root.name}-{size}-{resize}-{interpolation}"
 
@@ -86,12 +86,12 @@ def list_sources(folder: Path, images: FolderImages) -> Iterator[tuple[str, int,
         try:
             status = os.stat(path)
         except OSError:
-            yield relative_path(folder, path), label, -1, -1
+            yield make_entry_path(folder, path), label, -1, -1
         else:
-            yield relative_path(folder, path), label, status.st_size, status.st_mtime_ns
+            yield make_entry_path(folder, path), label, status.st_size, status.st_mtime_ns
 
 
-def relative_path(folder: Path, path: str) -> str:
+def make_entry_path(folder: Path, path: str) -> str:
     """Return the path of an image in the environment `folder` as an `Entry` has it."""
     return path[len(str(folder)) + 1 :].replace(os.sep, "/")
 

@@ -62,7 +62,7 @@ def prepare(
     if size < 1 or num_workers < 0:
         raise UsageError(f"image_size and num_workers: got {size} and {num_workers}, expected at least 1 and 0")
     contents = find_images(spec, data_dir / spec.folder)
-    folder = index.prepared_folder(spec, data_dir, size, resize, interpolation)
+    folder = index.get_prepared_folder(spec, data_dir, size, resize, interpolation)
     about = About(spec.name, contents.class_names, spec.domain_folders, size, resize, interpolation, encoding)
     environments = [Environment(data_dir / spec.folder / d, im, folder) for d, im in contents.environments.items()]
     try:
@@ -211,7 +211,7 @@ class Environment:
                 data, mtime_ns = file.read(), os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise UsageError(f"{path}: cannot read this file ({error.strerror}). Copy it again.") from error
-        source = index.relative_path(self.source, path), int(self.images.labels[i]), len(data), mtime_ns
+        source = index.make_entry_path(self.source, path), int(self.images.labels[i]), len(data), mtime_ns
         digest = hashlib.sha256(data).hexdigest()
         image, problem = decode_image(data)
         if image is None:

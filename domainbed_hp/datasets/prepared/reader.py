@@ -15,7 +15,7 @@ from PIL import Image
 
 from domainbed_hp.datasets.folder import FolderImages, find_images, print_build
 from domainbed_hp.datasets.loading.transforms import to_channels_first
-from domainbed_hp.datasets.prepared.index import ABOUT, About, list_sources, prepared_folder, read_about, read_index
+from domainbed_hp.datasets.prepared.index import ABOUT, About, get_prepared_folder, list_sources, read_about, read_index
 from domainbed_hp.datasets.spec import Dataset, DatasetSpec
 from domainbed_hp.files import sha256_of
 from domainbed_hp.registry import UsageError
@@ -88,7 +88,7 @@ def open_prepared(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> 
     is compared, so that a machine needs the prepared folder alone.
     """
     size, resize, interpolation = preprocess.size, preprocess.resize, preprocess.interpolation
-    folder = prepared_folder(spec, data_dir, size, resize, interpolation)
+    folder = get_prepared_folder(spec, data_dir, size, resize, interpolation)
     if not (folder / ABOUT).exists():
         return None
     words = ["--data_dir", str(data_dir), "--dataset", spec.name, "--image_size", str(size)]
