@@ -69,9 +69,8 @@ class PromptStyler(TextOnly):
             optimizer = torch.optim.SGD([word], self.hparams["styler_lr"], momentum=0.9)
             for _ in range(self.hparams["styler_steps"]):
                 style = encode(styled, word)
-                loss = compute_style_loss(style[0], [other[0] for other in styles]) + compute_content_loss(
-                    style[1:], content
-                )
+                loss = compute_style_loss(style[0], [other[0] for other in styles])
+                loss = loss + compute_content_loss(style[1:], content)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -87,9 +86,8 @@ class PromptStyler(TextOnly):
         for _ in range(h["styler_epochs"]):
             for batch in torch.randperm(len(x)).to(x.device).split(BATCH):
                 # DEVIATION: the re-implementation of PromptTA does not normalise the weights.
-                logits = compute_arcface_logits(
-                    x[batch] @ unit(weight).T, y[batch], h["styler_scale"], h["styler_margin"]
-                )
+                cosines = x[batch] @ unit(weight).T
+                logits = compute_arcface_logits(cosines, y[batch], h["styler_scale"], h["styler_margin"])
                 optimizer.zero_grad()
                 F.cross_entropy(logits, y[batch]).backward()
                 optimizer.step()

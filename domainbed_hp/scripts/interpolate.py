@@ -75,10 +75,10 @@ def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> di
     cast = torch.autocast(setup.device.type, torch.bfloat16, enabled=args.precision == "bf16")
     environments, limit = setup.dataset.environments, args.eval_images
     rows = {}
-    with ThreadPool(setup.num_workers) as workers:
+    with ThreadPool(setup.num_workers) as threads:
         batch_size = EVAL_BATCH["cuda" if setup.on_gpu else "cpu"]
         loaders = make_eval_loaders(
-            environments, setup.scored_splits, batch_size, workers, max_images=limit, pin=setup.on_gpu
+            environments, setup.scored_splits, batch_size, threads, max_images=limit, pin=setup.on_gpu
         )
         for alpha in alphas:
             with swap_weights(wise.parameters, wise.interpolate(alpha)), evaluation_mode(algorithm), cast:

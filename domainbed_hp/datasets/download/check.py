@@ -28,7 +28,7 @@ class CheckResult:
     counts: dict[str, dict[str, int]]
     """Environment folder -> class -> images."""
     expected: dict[str, int]
-    """Environment folder -> images of this build; where it is no known build, of the spec's own."""
+    """Environment folder -> images of this build, or of the spec's own if it is no known build."""
     undecodable: dict[str, str]
     """Path -> reason."""
     duplicates: list[list[str]]

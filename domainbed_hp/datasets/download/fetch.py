@@ -1,7 +1,6 @@
 """Download one file from one source, and go on where an earlier try stopped.
 
-gdown downloads from Google Drive, `resume` over HTTP: pooch, which names the files, would always start over. Digests
-are checked before pooch gets a file, because it loses an unfinished file when a run is killed.
+gdown downloads from Google Drive, `resume` over HTTP: pooch, which names the files, would always start over.
 """
 
 import functools
@@ -63,9 +62,10 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
     def download_checked(url: str, to: str, _: object) -> None:
         download(url, partial)
-        try:
+        try:  # now, because pooch loses an unfinished file when its process is killed
             check_content(partial, archive)
-            check_digest(partial, digest)
+            if digest and (got := sha256_of(partial)) != digest:
+                raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
         except UsageError:
             partial.unlink()
             raise
@@ -83,7 +83,7 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
 
 def check_content(path: Path, archive: Archive) -> None:
-    """Raise `UsageError` where a file is not an archive but a quota page, a form or an error page."""
+    """Raise `UsageError` for a file that is not the archive but a web page, such as one on a quota or an error."""
     with open(path, "rb") as file:
         start = file.read(2**16)
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|!--|\?xml)", start, re.IGNORECASE):
@@ -94,18 +94,12 @@ def check_content(path: Path, archive: Archive) -> None:
         raise UsageError(f"got something that is neither a zip nor a tar instead of {archive.name}")
 
 
-def check_digest(path: Path, digest: str) -> None:
-    """Raise `UsageError` where a file has another SHA-256 than `digest`; "" is no digest to check."""
-    if digest and (got := sha256_of(path)) != digest:
-        raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
-
-
 def is_packed(archive: Archive) -> bool:
     return archive.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))
 
 
 def resume(url: str, partial: Path) -> None:
-    """Download the file at `url` to `partial`; after lost connections and from busy servers, try again and again."""
+    """Download the file at `url` to `partial`; try again after lost connections and from busy servers."""
     failures, furthest = 0, read_size(partial)
     with requests.Session() as session:
         while True:
@@ -149,14 +143,14 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
         response.raise_for_status()
         if response.status_code != 206:
             start = 0  # the server knows no ranges, or its file is another by now
-        # A server may send less of the rest than was asked for; the size of the whole stands in Content-Range.
+        # A server may send less of the rest than was asked for; Content-Range has the size of the whole.
         ranged = response.status_code == 206
         whole = content_range.rpartition("/")[2] if ranged else response.headers.get("Content-Length", "")
         total = int(whole) if whole.isdigit() else None
         check_space(partial.parent, (total or 0) - start)
         with open(partial, "ab" if start else "wb") as file:
             if not start:
-                # Without a strong name for this version nothing says that a rest belongs to this start.
+                # Only a strong name of this version says that a rest belongs to this start.
                 stamp.unlink(missing_ok=True)
                 if version:
                     stamp.write_text(version)
@@ -174,7 +168,7 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
 
 
 def get_stamp_path(partial: Path) -> Path:
-    """Return the path of the file that names the version of the source's file of which `partial` is a part."""
+    """Return the path of the file that names the version of the remote file of which `partial` is a part."""
     return partial.with_suffix(".stamp")
 
 
@@ -208,8 +202,8 @@ def download_from_drive(source: str, partial: Path) -> None:
         try:
             download()
         except DownloadError as error:
-            # gdown cannot go on with a part that is whole already, or whose file was replaced. Those errors are neither
-            # a page of Drive's nor a lost connection.
+            # gdown cannot go on with a part that is whole, or whose remote file was replaced. Its error is then neither
+            # for a page of Drive's nor for a lost connection.
             stuck = before and not isinstance(error, FileURLRetrievalError) and error.__cause__ is None
             if not stuck or sum(map(read_size, list_parts())) > before:
                 raise

@@ -1,7 +1,7 @@
 """Load ahead in background threads, in order.
 
-Threads, not processes: decoding, resizing and reading release Python's lock, nothing is copied between processes, and
-an error arrives as it was raised. The functions that run in them use numpy and Pillow, never torch's own threads.
+Threads, not processes: decoding, resizing and reading release Python's lock, nothing is copied, and an error arrives as
+it was raised. The functions that run in them use NumPy and Pillow, never torch's own threads.
 """
 
 from collections import deque
@@ -13,11 +13,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 2
-"""Number of finished results that wait for the caller; bounds the memory."""
+"""Largest number of finished results that wait for the caller, to bound the memory."""
 
 
 class ThreadPool:
-    """`num_workers` threads that all loaders of a run share; with 0 the caller does the work itself."""
+    """`num_workers` threads that all loaders of a run share; with 0 the caller does the work."""
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers

@@ -1,7 +1,6 @@
 """Make prepared images: one ordered pass over the files of every environment, resumed where it was stopped.
 
-`index` describes the files. An index lists only views that are on disk. Its rename from `.csv.partial` to `.csv`
-completes the environment.
+`index` describes the files. An index lists only views that are on disk; its rename completes the environment.
 """
 
 from __future__ import annotations
@@ -53,9 +52,8 @@ def prepare(
 ) -> Path:
     """Bring the prepared folder of a data set up to date with its image files, and return it.
 
-    A file is unchanged if its size and modification time are, or else its digest; an image with an error is left out
-    until its file changes. `auto` stays with the encoding of an existing folder. Memory: the list of the files, and a
-    few images for every thread.
+    A file is unchanged if its size and modification time are, or else its digest. An image with an error is left out
+    until its file changes. `auto` stays with the encoding of an existing folder.
     """
     if spec.build is not None:
         raise UsageError(f"{spec.name} is made, not read from image files: there is nothing to prepare")
@@ -84,7 +82,6 @@ def prepare(
                 environment.write_views(about, on_error, threads)
             remove_files(folder, {path for e in environments for path in (e.data, e.index)})
     except OSError as error:
-        # Views that were not yet synced are lost.
         advice = "Put this right and run again; it goes on from where it last saved."
         raise UsageError(f"{error.filename or folder}: {error.strerror}. {advice}") from error
     print("\n".join([f"{folder}, {about.encoding}", *(environment.describe() for environment in environments)]))
@@ -99,7 +96,7 @@ def remove_files(folder: Path, but: Collection[Path] = ()) -> None:
 
 
 def choose_encoding(environments: list[Environment], about: About, threads: ThreadPool) -> About:
-    """Choose the encoding if it is `auto`; `UsageError` where the missing views would not fit on the disk."""
+    """Choose the encoding if it is `auto`; `UsageError` if the missing views do not fit on the disk."""
     if about.encoding == "auto":
         count = sum(len(e.images) for e in environments)
         raw = sum(e.estimate_size(replace(about, encoding="raw"), threads) for e in environments)
@@ -130,13 +127,13 @@ class Environment:
         """Number of bytes of these views."""
 
     def find_unchanged(self) -> None:
-        """Find the leading images whose views are still right; discard a complete environment if a file changed."""
+        """Count the leading images whose views are still right; discard a complete environment if a file changed."""
         path = self.index if self.index.exists() else self.partial
         size = self.data.stat().st_size if self.data.exists() else 0
         sources, entries = index.list_sources(self.source, self.images), index.read_index(path)
         renewed = False
         with tqdm(self.images.paths, f"{self.name}: compare", leave=False, disable=None) as bar:
-            # Entries last: zip must not take one more of them than there are images.
+            # Entries last, since zip must take none of them beyond the last image.
             for image, (*source, mtime_ns), entry in zip(bar, sources, entries, strict=False):
                 if tuple(source) != entry[:3] or entry.end > size:
                     break

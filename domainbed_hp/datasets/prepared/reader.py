@@ -81,11 +81,10 @@ class Stale(Exception):
 
 
 def open_prepared(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> Dataset | None:
-    """Open the prepared images of `spec` for `preprocess`; None, with a line on stderr, where they are out of date.
+    """Open the prepared images of `spec` for `preprocess`; None, with a line on stderr, if they are out of date.
 
-    Names, sizes and modification times of the source are compared, as rsync does: neither this function nor `prepare`
-    notices a file that was overwritten by one of the same size and given its old time. Without a source folder nothing
-    is compared, so that a machine needs the prepared folder alone.
+    Names, sizes and modification times of the source are compared, as by rsync. Without a source folder nothing is
+    compared, so that a machine needs the prepared folder alone.
     """
     size, resize, interpolation = preprocess.size, preprocess.resize, preprocess.interpolation
     folder = get_prepared_folder(spec, data_dir, size, resize, interpolation)
@@ -128,9 +127,9 @@ def read_prepared(spec: DatasetSpec, root: Path, folder: Path, command: str) -> 
 
 
 def locate_views(index: Path, source: Path, images: FolderImages | None, changes: list[str]) -> np.ndarray:
-    """Return the `LOCATION` of every entry; add a line to `changes` for every file that differs from its entry.
+    """Return the `LOCATION` of every entry; add a line to `changes` for every file of `images` that differs from it.
 
-    Without `images`, the files in the folder `source`, nothing is compared.
+    `images` are the files in the folder `source`; without them nothing is compared.
     """
     current = {path: rest for path, *rest in list_sources(source, images)} if images else {}
     lines: dict[str, str] = {}
