@@ -12,7 +12,7 @@ LATEX = {character: "\\" + character for character in "%_&#${}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    # Bare at the start of a row, these two would be read as arguments of the \\ before it.
+    # At the start of a row, these two would be read as arguments of the \\ before it.
     "[": "{[}",
     "*": "{*}",
 }
@@ -63,7 +63,7 @@ def to_fragment(report: Report) -> str:
 
 
 def format_table(report: Report, table: Table) -> list[str]:
-    """Return the lines of a centred table and, under it, of a note that lists its missing jobs."""
+    """Return the lines of a centred table and of a note on its missing jobs."""
     ranks = table.rank_cells()
 
     def format_cell(i: int, j: int, cell: Cell) -> str:
@@ -80,10 +80,7 @@ def format_table(report: Report, table: Table) -> list[str]:
 
 
 def format_tabular(header: Sequence[str], grid: Sequence[Sequence[str]], raw: bool = False) -> list[str]:
-    """Return the lines of a booktabs table, shrunk where it is wider than the page.
-
-    Cells are escaped unless `raw`; the header always is.
-    """
+    """Return the lines of a booktabs table, shrunk if it is wider than the page. Cells are escaped unless `raw`."""
     # DEVIATION: names are escaped and never cut; DomainBed cuts \textbf{...} within its braces.
     head = [rf"\textbf{{{escape_latex(text)}}}" for text in header]
     body = [row if raw else [escape_latex(text) for text in row] for row in grid]

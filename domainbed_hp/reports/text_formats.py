@@ -15,7 +15,7 @@ DAGGER = "†"
 
 
 def to_text(report: Report) -> str:
-    """Return DomainBed's plain layout: columns of 20 characters (averages: 25), separated by two spaces."""
+    """Return DomainBed's layout: columns of 20 characters (averages: 25), separated by two spaces."""
     lines = [f"Total records: {report.num_records}"]
     for table in report.tables:
         title = "Averages" if table.dataset is None else f"Dataset: {table.dataset}"

@@ -53,7 +53,7 @@ def resize_model(model: open_clip.CLIP, side: int) -> open_clip.CLIP:
 
 
 class Captions:
-    """Encodes captions; remembers their token ids, and leaves out the padding, which causal attention ignores."""
+    """An encoder of captions that remembers token ids and leaves out the padding, which causal attention ignores."""
 
     def __init__(self) -> None:
         self.tokenize = open_clip.SimpleTokenizer(bpe_path=str(MINI / "bytes.txt.gz"), context_length=64)
