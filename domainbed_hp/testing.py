@@ -55,7 +55,7 @@ def check_algorithm(algorithm: type[Algorithm] | str, **hparams: Any) -> None:
 
 
 def check_text_side(text_side: type[TextSide] | str, **hparams: Any) -> None:
-    """Check all promises of a text side, alone and on an image tower that does not train. Raises as above."""
+    """Check all promises of a text side, alone and on a frozen image tower; errors as `check_algorithm`."""
     name = text_side if isinstance(text_side, str) else text_side.__name__
     with mock.patch.dict(PROMPTS, {} if isinstance(text_side, str) else {name: text_side}):
         cls = load(PROMPTS, "prompt", name)
@@ -66,7 +66,7 @@ def check_text_side(text_side: type[TextSide] | str, **hparams: Any) -> None:
 
 
 def check_dataset(spec: DatasetSpec | str, data_dir: str | Path | None = None) -> None:
-    """Check the facts of a data set and, where `data_dir` or the spec's `build` gives them, its images."""
+    """Check the facts of a data set and, if `data_dir` or the spec's `build` gives them, its images."""
     spec = find_spec(spec, data_dir) if isinstance(spec, str) else spec
     run_checks(spec.name, [check_facts], spec)
     if spec.build is not None or data_dir is not None or Path(spec.folder).is_absolute():
@@ -109,7 +109,7 @@ class AlgorithmCase:
         return [(self.make_images(n, 9 * seed + i) / 2 + i / 6, labels[i : i + n]) for i, n in enumerate(sizes)]
 
     def train(self, algorithm: Algorithm, first: int = 0, score: bool = False) -> Algorithm:
-        """Make the updates from `first` on as the training loop does, with predictions between them if `score`."""
+        """Make the updates from `first` on as the training loop, with predictions between them if `score`."""
         for step in range(first, UPDATES):
             if score:
                 predict(algorithm, self.make_images(1))
@@ -124,7 +124,7 @@ class AlgorithmCase:
 
 
 def check_constructor(case: AlgorithmCase) -> None:
-    """The constructor is DomainBed's. Class names come by keyword where it has one, else in hparams."""
+    """The constructor is DomainBed's. Class names come by keyword if it has one, else in hparams."""
     try:
         inspect.signature(case.cls).bind((3, 64, 64), 3, 3, {})
     except TypeError as error:

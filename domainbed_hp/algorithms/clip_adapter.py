@@ -14,22 +14,20 @@ from domainbed_hp.registry import UsageError
 class CLIPAdapter(ClipAlgorithm):
     """A small MLP on the image feature f of a frozen tower, with a residual: ratio MLP(f) + (1 - ratio) f.
 
-    MLP = Linear(E, E / reduction), ReLU, Linear(E / reduction, E), ReLU, without biases. It is homogeneous: the length
-    of f makes no difference to a cosine. Trainable parameters: 2 E^2 / reduction; ViT-B/16 131,072.
+    MLP = Linear(E, E / reduction), ReLU, Linear(E / reduction, E), ReLU, without biases. The length of f does not
+    change a cosine. Trainable parameters: 2 E^2 / reduction; ViT-B/16 131,072.
     """
 
     # DEVIATION: AdamW with a learning rate of ours, where the release uses SGD.
     CAPTURABLE = True
-    HPARAMS = (
-        CLIP_HPARAMS
-        | ADAMW_HPARAMS
-        | {
-            "adapter_ratio": HParam(0.2, lambda r: r.uniform(0.1, 0.9), "share of the MLP in the feature", at_least=0),
-            "adapter_reduction": HParam(4, help="E over the width of the hidden layer", at_least=1),
-            "lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate: AdamW, cosine to 0", at_least=0),
-            "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
-        }
-    )
+    HPARAMS = {
+        **CLIP_HPARAMS,
+        **ADAMW_HPARAMS,
+        "adapter_ratio": HParam(0.2, lambda r: r.uniform(0.1, 0.9), "share of the MLP in the feature", at_least=0),
+        "adapter_reduction": HParam(4, help="E over the width of the hidden layer", at_least=1),
+        "lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate: AdamW, cosine to 0", at_least=0),
+        "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""The base of the CLIP methods: an image tower, frozen until a subclass unfreezes it, and a text side.
+"""The base of the CLIP methods: an image tower and a text side, which are independent.
 
-The two are independent. A subclass is an image side: it unfreezes or adds parameters of `tower` and calls `train_with`.
-The text side is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp.prompts`.
+A subclass is an image side: it unfreezes or adds parameters of the frozen `tower` and calls `train_with`. The text side
+is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp.prompts`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import (
-    Algorithm,
-    Metrics,
-    Minibatch,
-    declares_capturable,
-    to_log,
-)
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, declares_capturable, to_log
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.compiled import compile_blocks
@@ -47,10 +41,9 @@ ADAMW_HPARAMS = {
 
 
 class ClipAlgorithm(Algorithm):
-    """CLIP: logits = T * cos(image feature, text feature of the class), or what another text side computes.
+    """CLIP: logits = T * cos(image feature, text feature of the class), or those of another text side.
 
-    Nothing of the image tower trains until a subclass unfreezes or adds parameters and calls `train_with`. A text side
-    that trains has an optimizer of its own. A method with a loss of its own overrides `backward`.
+    A text side that trains has its own optimizer. A method with its own loss overrides `backward`.
     """
 
     HPARAMS = CLIP_HPARAMS
@@ -126,7 +119,7 @@ class ClipAlgorithm(Algorithm):
         compile_blocks(self)
 
     def train_with(self, *groups: dict[str, Any]) -> None:
-        """Train these parameter groups by AdamW with a cosine schedule."""
+        """Make the optimizer, AdamW, and its cosine schedule of these parameter groups."""
         self.optimizer = fused_adamw(groups)
         self.schedule = self.make_cosine_schedule(self.optimizer)
 
@@ -164,13 +157,13 @@ class ClipAlgorithm(Algorithm):
         statistics = self.compute_gradients(minibatches)
         self.step()
         self.steps_done += 1
-        return statistics if self.hparams["input_norm"] == "none" else to_log(statistics, self.hparams)
+        return to_log(statistics, self.hparams)
 
     def compute_gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         """Set the gradients of one step and return detached statistics, means over all images.
 
-        With `accumulate`, the gradients of several parts of the minibatches add up to those of the whole. A term that
-        couples images (an MMD, a contrastive loss, DPL's mean over a domain) is then the mean over the parts.
+        With `accumulate`, the gradients of several parts of the minibatches add up. A term that couples images (an MMD,
+        a contrastive loss, DPL's mean over a domain) is then the mean over the parts.
         """
         self.zero_grad()
         count = self.hparams["accumulate"]

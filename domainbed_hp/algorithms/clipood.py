@@ -16,10 +16,10 @@ from domainbed_hp.registry import WEIGHT_AVERAGES, UsageError
 
 
 class CLIPood(FineTuneCLIP):
-    """Fine-tuning by a margin metric softmax: classes whose text is far from the right one's must be further away.
+    """Fine-tuning by a margin metric softmax: in the loss, logits_j = T (<I, t_j> - margin <t_y, t_j>).
 
-    In the loss, logits_j = T (<I, t_j> - margin <t_y, t_j>). The scored weights are an average over training, weighted
-    by a Beta distribution. Trainable parameters: the image tower; ViT-B/16 86,192,640.
+    The scored weights are an average over training, weighted by a Beta distribution.
+    Trainable parameters: the image tower; ViT-B/16 86,192,640.
     """
 
     CAPTURABLE = True

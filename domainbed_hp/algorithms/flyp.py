@@ -15,9 +15,9 @@ from domainbed_hp.registry import PROMPTS, UsageError
 
 
 class FLYP(FineTuneCLIP):
-    """Both towers train by CLIP's contrastive loss, between the images of a batch and captions of their classes.
+    """Both towers train by CLIP's contrastive loss between the images of a batch and captions of their classes.
 
-    The right caption of an image is its own. Another image's caption is wrong, even one with the same words.
+    Another image's caption is wrong, even one with the same words.
     The paper's ablation with cross-entropy in place of the contrastive loss is FineTuneCLIP with prompt=text_tower.
     Trainable parameters: the image tower and the text side; ViT-B/16 86,192,640 + 38,131,200.
     """
@@ -41,7 +41,7 @@ class FLYP(FineTuneCLIP):
         images = unit(self.encode(x))
         captions = self.text.compute_class_features(images, count_images(minibatches))[..., y, :]  # (B, E) or (B, B, E)
         logits = self.logit_scale * compute_similarity(images, captions)
-        own = torch.arange(len(y), device=y.device)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        targets = torch.arange(len(y), device=y.device)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         backpropagate(weight * loss)
         return {"contrastive": loss}

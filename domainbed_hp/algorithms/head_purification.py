@@ -33,27 +33,23 @@ class HeadPurification(ClipAlgorithm):
     """
 
     CAPTURABLE = True
-    HPARAMS = (
-        CLIP_HPARAMS
-        | ADAMW_HPARAMS
-        | LORA_HPARAMS
-        | {
-            "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="how heads are gated"),
-            "gate_keep": HParam(0.75, help="gates=hard: share of the heads of a layer with gate 1", at_least=0),
-            "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "learning rate of the gates over lr", at_least=0),
-            "gate_shuffle": HParam(False, help="control: shuffle the learned gates of each layer in evaluation"),
-            "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), "factor of the MMD in the loss", at_least=0),
-            "mmd_level": HParam("layers", choices=("output", "layers"), help="features that the MMD compares"),
-            "mmd_reach": HParam(
-                "local",
-                choices=("global", "local"),
-                help="mmd_level=layers: its gradient stays in a layer, or does not",
-            ),
-            "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="parameters that the MMD trains"),
-            "mmd_kernel": HParam("multi_gaussian", choices=KERNELS, help="kernel of the MMD"),
-            "strategy": HParam("joint", choices=("joint", "alternate", "two_stage"), help="what trains at which step"),
-        }
-    )
+    HPARAMS = {
+        **CLIP_HPARAMS,
+        **ADAMW_HPARAMS,
+        **LORA_HPARAMS,
+        "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="how heads are gated"),
+        "gate_keep": HParam(0.75, help="gates=hard: share of the heads of a layer with gate 1", at_least=0),
+        "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "learning rate of the gates over lr", at_least=0),
+        "gate_shuffle": HParam(False, help="control: shuffle the learned gates of each layer in evaluation"),
+        "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), "factor of the MMD in the loss", at_least=0),
+        "mmd_level": HParam("layers", choices=("output", "layers"), help="features that the MMD compares"),
+        "mmd_reach": HParam(
+            "local", choices=("global", "local"), help="mmd_level=layers: its gradient stays in a layer, or does not"
+        ),
+        "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="parameters that the MMD trains"),
+        "mmd_kernel": HParam("multi_gaussian", choices=KERNELS, help="kernel of the MMD"),
+        "strategy": HParam("joint", choices=("joint", "alternate", "two_stage"), help="what trains at which step"),
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,7 +85,7 @@ class HeadPurification(ClipAlgorithm):
         """Add the gradients of cross-entropy to adapters and gates, and those of the MMD to the gates (`mmd_route`)."""
         frozen, use_mmd = self.choose_stage()
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
-        sizes = [len(y) for _, y in minibatches]  # images of each domain; their sum is B
+        sizes = count_images(minibatches)  # images of each domain; their sum is B
 
         trace: list[Trace] = []
         features = self.encode(x, trace)  # (B, E)
@@ -105,11 +101,11 @@ class HeadPurification(ClipAlgorithm):
         return {"ce": ce, "mmd": mmd}
 
     def compute_domain_features(self, features: Tensor, trace: list[Trace]) -> Tensor:
-        """Return what the MMD compares: the unit-norm image feature (B, E), or one feature per layer (L, B, D).
+        """Return the features that the MMD compares: of the images, unit-norm (B, E), or of every layer (L, B, D).
 
-        A layer's feature is its class token after attention is added to the residual stream, layer-normalised: CLIP's
-        residual stream grows with depth, and fixed bandwidths would saturate. With local reach the layer's input is
-        detached, so that a layer's MMD sees the parameters of this layer only.
+        A layer's feature is the layer-normalised class token of the residual stream after attention: CLIP's residual
+        stream grows with depth, and fixed bandwidths would saturate. With local reach the layer's input is detached, so
+        that a layer's MMD sees the parameters of this layer only.
         """
         if self.hparams["mmd_level"] == "output":
             return unit(features)
@@ -148,7 +144,7 @@ class HeadPurification(ClipAlgorithm):
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, Any]:
-        """Return the gates, how far they moved, and the MMD of validation images at the first call's bandwidths."""
+        """Return the gates, their largest change, and the MMD of validation images at the first call's bandwidths."""
         gates = self.tower.compute_gates()  # (L, H)
         values: dict[str, Any] = {"gate_shift": (gates - 1).abs().max().item()}
         if self.gates:

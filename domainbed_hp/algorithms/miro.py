@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, Preprocess
+from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, backpropagate, count_images, unfreeze
 from domainbed_hp.hparams_registry import HParam, log_uniform
-from domainbed_hp.networks.preprocess import Normalise
+from domainbed_hp.networks.preprocess import Normalise, Preprocess
 from domainbed_hp.networks.vit import Trace
 from domainbed_hp.registry import PROMPTS, UsageError
 
@@ -50,7 +50,7 @@ class MIRO(ClipAlgorithm):
         if h["miro_released_pixels"]:
             self.tower.normalise = Normalise()
         self.tower.all_tokens = True
-        prompt_tokens, self.tower.prompt_tokens = self.tower.prompt_tokens, tuple  # the text side's are not copied
+        prompt_tokens, self.tower.prompt_tokens = self.tower.prompt_tokens, tuple  # not to copy those of the text side
         self.pretrained = copy.deepcopy(self.tower)  # stays frozen
         self.tower.prompt_tokens = prompt_tokens
         layers, width = len(self.tower.blocks), self.tower.class_embedding.shape[0]
@@ -65,11 +65,8 @@ class MIRO(ClipAlgorithm):
     @classmethod
     def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
         preprocess = super().preprocess(hparams, image_size)
-        return (
-            preprocess._replace(resize="squash", interpolation="bilinear")
-            if hparams["miro_released_pixels"]
-            else preprocess
-        )
+        released = preprocess._replace(resize="squash", interpolation="bilinear")
+        return released if hparams["miro_released_pixels"] else preprocess
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of `weight` times the sum of cross-entropy and the weighted penalty."""

@@ -13,7 +13,7 @@ from domainbed_hp.registry import UsageError
 
 
 class VPT(ClipAlgorithm):
-    """Learned tokens behind those of the image. deep: in every layer, in place of the outputs of the layer before's.
+    """Learned tokens behind those of the image. deep: every layer has its own, in place of those of the layer before.
 
     Trainable parameters: n D per layer with tokens; ViT-B/16 73,728 deep, 6,144 shallow.
     """
@@ -21,11 +21,7 @@ class VPT(ClipAlgorithm):
     # DEVIATION: the tokens pass ln_pre and start as N(0, 0.02), as in MaPLe's code; VPT's own start is uniform.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "vpt_depth": HParam(
-            "deep",
-            choices=("deep", "shallow"),
-            help="tokens in every layer, or the first alone",
-        ),
+        "vpt_depth": HParam("deep", choices=("deep", "shallow"), help="tokens in every layer, or the first alone"),
         "vpt_tokens": HParam(8, choice(4, 8, 16), "n, tokens in a layer", at_least=1),
         "lr": HParam(2.5e-3, log_uniform(10, -3.5, -1), "learning rate: SGD, momentum 0.9, cosine to 0", at_least=0),
         "weight_decay": HParam(5e-4, log_uniform(10, -6, -2), "weight decay of SGD", at_least=0),

@@ -20,7 +20,7 @@ BACKBONES = (*RESNETS, "clip", "small")
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its last layer, with dropout. `freeze_bn` holds batch norms in evaluation mode."""
+    """torchvision's ResNet with dropout in place of its last layer. `freeze_bn`: batch norms do not train."""
 
     def __init__(self, name: str, weights: str, dropout: float, freeze_bn: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def read_state(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # garbage makes torch's unpickler raise anything, KeyError for one
+    except Exception as error:  # a damaged file makes torch raise almost anything
         raise UsageError(
             f"hparam backbone_weights: {path} is no state dict of tensors, by torch.save or safetensors: {error}"
         ) from error

@@ -1,9 +1,8 @@
 """Attention with an adapter (HA-LoRA) and a gate for every head.
 
 Source: Wang & Kang, "Attention Head Purification", arXiv 2412.07226. Names follow PEFT: `lora_A` is the input side,
-`lora_B` the output side, zero at the start. (The paper calls the input side B, and says that conventional LoRA shares
-it.) Weights are written in the `x @ W` convention; `nn.Linear` stores the transpose. *Adapter* means the LoRA matrices;
-gates are not part of it.
+which the paper calls B, and `lora_B` the output side, zero at the start. Weights are written in the `x @ W` convention;
+`nn.Linear` stores the transpose. *Adapter* means the LoRA matrices without the gates.
 
 Shapes: B images, N tokens, D width, H heads of size Dh = D / H, r rank.
 """
@@ -39,10 +38,7 @@ class LowRank(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.build_factors")
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + x dW, all (B, N, D), as x A first and then (x A) B added to y.
-
-        The other order, x (W + dW), would need the gradient of all of W.
-        """
+        """Return y + (x A) B, all (B, N, D). The other order, x (W + dW), would need the gradient of all of W."""
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         a, b = self.build_factors()
@@ -61,15 +57,15 @@ def draw_kaiming_uniform(width: int, *shape: int) -> Tensor:
 
 def make_block_diagonal(blocks: Tensor) -> Tensor:
     """Return the block-diagonal matrix of H blocks, (H, a, b) -> (H a, H b)."""
-    own = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
-    return (blocks[:, :, None] * own).flatten(2).flatten(0, 1)  # (H, a, H, b)
+    diagonal = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
+    return (blocks[:, :, None] * diagonal).flatten(2).flatten(0, 1)  # (H, a, H, b)
 
 
 class HeadLoRA(LowRank):
     """HA-LoRA of W_q, W_k or W_v: the columns of head i get dW_i = A_i B_i.
 
-    It equals a LoRA of rank R = H r with a block-diagonal B and is computed as one, which is faster than H small
-    products. `shared` is conventional LoRA: one A for all heads, R = r. Parameters: H r (D + Dh); shared 2 D r.
+    It is computed as a LoRA of rank R = H r with a block-diagonal B, faster than H small products. `shared` is
+    conventional LoRA: one A for all heads, R = r. Parameters: H r (D + Dh); shared 2 D r.
     """
 
     def __init__(
@@ -107,10 +103,10 @@ class OutputHeadLoRA(LowRank):
 class HeadGate(nn.Module):
     """Gates of the heads of one layer, from `gate_logits` (H,) that start at zero.
 
-    softmax: H * softmax(logits). The gates of a layer sum to H, start at 1, and cannot switch a whole layer off.
+    softmax: H * softmax(logits). The gates of a layer start at 1, and cannot switch a whole layer off.
     sigmoid: 2 * sigmoid(logits), independent of each other.
     hard: 1 for the `open_heads` best heads, 0 for the others: straight-through Gumbel-softmax in training, top-k in
-    evaluation. It does not start as the identity.
+    evaluation.
     """
 
     def __init__(self, num_heads: int, kind: GateKind, open_heads: int) -> None:
@@ -153,11 +149,11 @@ class GatedProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         heads, gates, weight = ctx.saved_tensors
         for_heads, for_gates, for_weight, for_bias = ctx.needs_input_grad
-        d_heads, d_gates, d_weight, d_bias = None, None, None, None
+        d_heads = d_gates = d_weight = d_bias = None
         if for_heads or for_gates:
             d_heads = (grad @ weight.to(grad.dtype)).view(heads.shape)
         if for_gates:
-            # Over tokens first: on a CPU twice as fast as over all at once.
+            # Over tokens first: twice as fast on a CPU as over all at once.
             d_gates = (d_heads * heads).flatten(0, 1).sum(0, dtype=gates.dtype).sum(-1)
         if for_heads:
             d_heads *= gates[:, None].to(grad.dtype)
@@ -176,10 +172,9 @@ def gate_weight(weight: Tensor, gates: Tensor) -> Tensor:
 
 
 class HeadAttention(nn.Module):
-    """Multi-head self-attention on the weights of a pretrained attention, under their own names.
+    """Multi-head self-attention with the weights of `nn.MultiheadAttention` or open_clip's `Attention`, by their names.
 
-    The pretrained module has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`: `nn.MultiheadAttention` or
-    open_clip's `Attention`. Without adapters and gates the result is the same. `causal`: a token sees no later one.
+    Without adapters and gates the result is the same. `causal`: a token sees no later one.
     """
 
     def __init__(self, pretrained: Any, causal: bool = False) -> None:
@@ -204,7 +199,7 @@ class HeadAttention(nn.Module):
         self.gate = None if kind == "none" else HeadGate(self.num_heads, kind, open_heads)
 
     def compute_heads(self, x: Tensor, first: int | None = None) -> Tensor:
-        """Return the heads' outputs before gating, (B, N, D) -> (B, N, H, Dh). `first`: number of tokens."""
+        """Return the heads' outputs before gating, (B, N, D) -> (B, N, H, Dh), of the `first` tokens or of all."""
         if first is None:
             q, k, v = self.project_inputs("qkv", x)
         else:
@@ -214,9 +209,7 @@ class HeadAttention(nn.Module):
 
     def project_inputs(self, names: str, x: Tensor) -> list[Tensor]:
         """Return the projections of x (B, N, D) called `names`, neighbours among q, k, v, computed in one product."""
-        merge = not (
-            self.training or torch.is_grad_enabled()
-        )  # where nothing trains, adapters are added to the weights
+        merge = not self.training and not torch.is_grad_enabled()  # where nothing trains, one product is enough
         start = self.width * "qkv".index(names)
         rows = slice(start, start + self.width * len(names))
         weight = self.merge_in_proj() if merge else self.in_proj_weight

@@ -33,9 +33,9 @@ class MMD(nn.Module):
     def forward(self, z: Tensor, sizes: Sequence[int], scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the MMD of features z (..., n, D), split into domains of `sizes`, and its bandwidths (..., P).
 
-        MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y), diagonals included (biased, at least 0). It is computed
-        as c^T k c with the contrast c of a pair, for leading axes (layers) and all P pairs in one product. `scales`
-        are bandwidths to use in place of the batch's own. With one domain the MMD is exactly 0.
+        MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y), diagonals included (biased, at least 0), is c^T k c with
+        the contrast c of a pair. Leading axes are layers. `scales` are bandwidths in place of the batch's own. With one
+        domain the MMD is exactly 0.
         """
         if len(sizes) < 2:
             return z.new_zeros(()), z.new_zeros(0)
@@ -49,8 +49,8 @@ class MMD(nn.Module):
 
 
 def compute_squared_distances(z: Tensor) -> Tensor:
-    """Return |z_i - z_j|^2, (..., n, D) -> (..., n, n). Centred first, which changes no distance and cancels less."""
-    z = z - z.mean(-2, keepdim=True)
+    """Return |z_i - z_j|^2, (..., n, D) -> (..., n, n)."""
+    z = z - z.mean(-2, keepdim=True)  # changes no distance, and cancels less
     norms = z.square().sum(-1)
     return (norms[..., :, None] + norms[..., None, :] - 2 * z @ z.transpose(-1, -2)).clamp_min(0)
 
@@ -68,10 +68,9 @@ def _make_pair_contrasts(sizes: tuple[int, ...], dtype: torch.dtype, device: tor
 
 @torch.compiler.assume_constant_result
 def make_pair_contrasts(sizes: tuple[int, ...], z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the contrasts (P, n) of the P pairs of domains, and their distinct pairs of features (P, n, n).
+    """Return the contrasts (P, n) of the P pairs of domains, and their distinct pairs of features (P, n, n), as z.
 
-    The contrast of (a, b) is 1 / n_a at a's features, -1 / n_b at b's and 0 elsewhere. Distinct pairs are 1, others 0.
-    Both have the type and the device of z.
+    The contrast of (a, b) is 1 / n_a at a's features, -1 / n_b at b's, else 0. Distinct pairs are 1, others 0.
     """
     return _make_pair_contrasts(sizes, z.dtype, z.device)
 
@@ -88,4 +87,4 @@ def compute_bandwidths(d2: Tensor, distinct: Tensor, kernel: Kernel) -> Tensor:
         s = torch.where(distinct > 0, d2[..., None, :, :], torch.nan).flatten(-2).nanmedian(-1).values
     else:
         s = (d2.flatten(-2) @ distinct.flatten(1).T) / distinct.sum((1, 2))
-    return s.clamp_min(torch.finfo(s.dtype).tiny)  # where all features are equal any scale will do
+    return s.clamp_min(torch.finfo(s.dtype).tiny)  # any scale will do if all features are equal

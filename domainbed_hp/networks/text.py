@@ -1,4 +1,4 @@
-"""CLIP's text tower with `HeadAttention`. It reads tokens, or vectors in their place, as prompt learning needs."""
+"""CLIP's text tower with `HeadAttention`, which reads the embeddings of tokens or learned vectors."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -93,7 +93,7 @@ class TextTower(nn.Module):
 class Sentences(nn.Module):
     """Embedded sentences with a gap for vectors: start, `before`, the gap, one text of `after`, end.
 
-    They end at the longest: a token sees no later one. Shapes: C sentences, n vectors in the gap.
+    Shapes: C sentences, n vectors in the gap.
     """
 
     def __init__(self, tower: TextTower, before: str, gap: int, after: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The contract of a text side: class names in, a classifier of image features out. Every image side takes every one."""
+"""The contract of a text side: class names in, a classifier of image features out, on any image side."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -39,9 +39,9 @@ class TextSide(nn.Module):
 
     HPARAMS: ClassVar[dict[str, HParam]] = {}
     TRAINS: ClassVar[bool] = True
-    """True: it trains on images, together with the image side. False: its classifier is made of text alone."""
+    """True: it trains on images, with the image side. False: its classifier is made of text alone."""
     TEXT: ClassVar[bool] = True
-    """True: it has text features. False: it is a plain linear classifier, without texts to measure a margin between."""
+    """True: it has text features. False: it is a plain linear classifier."""
     CHANGES_TOWER: ClassVar[bool] = False
     """True: `attach` changes the image tower."""
     PER_IMAGE: ClassVar[bool] = False
@@ -81,8 +81,8 @@ class TextSide(nn.Module):
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         """Return unit-norm text features (C, E), or (B, C, E) if they depend on the image.
 
-        `images`: unit-norm image features (B, E). `sizes`: number of images of each source domain, in the order of the
-        batch; None in evaluation.
+        `images` are unit-norm image features (B, E). `sizes` are the numbers of images of the source domains, in the
+        order of the batch; None in evaluation.
         """
         return self.features
 
@@ -94,24 +94,20 @@ class TextSide(nn.Module):
         """Change the image tower, for text sides with `CHANGES_TOWER`."""
 
     def backward(self) -> dict[str, Tensor]:
-        """Add the gradients of a loss of its own, if it has one, and return it, detached, to log."""
+        """Add the gradients of the text side's own loss, if it has one, and return it, detached, to log."""
         return {}
 
     def merge(self) -> dict[str, Tensor]:
-        """Return the weights of CLIP's text tower that it changed, by their names.
-
-        Raises:
-            UsageError: the classifier is not what a text tower computes from a template.
-        """
+        """Return the changed weights of CLIP's text tower by name; `UsageError` if no text tower computes the same."""
         raise UsageError(
             f"prompt={self.hparams['prompt']}: its classifier is not what a CLIP's text tower makes of a template; the "
             "image tower alone is `algorithm.tower.merge()`"
         )
 
     def compute_class_features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """Return `encode`'s result, cached where no gradient is needed and the images do not matter.
+        """Return the result of `encode`, cached if no gradient is needed and the images do not matter.
 
-        The cache is valid while no parameter or buffer changes.
+        The cache is valid until a parameter or buffer changes.
         """
         if self.PER_IMAGE or torch.is_grad_enabled():
             return self.encode(images, sizes)

@@ -27,7 +27,7 @@ class FromText(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.weight = nn.Parameter(clip.text_features(make_prompts(class_names, hparams["template"])))
+        self.weight = nn.Parameter(clip.encode_prompts(make_prompts(class_names, hparams["template"])))
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         return self.weight  # not normalised: its length trains

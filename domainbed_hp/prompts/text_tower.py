@@ -14,10 +14,7 @@ from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_adamw, ma
 
 
 class TunedTextTower(TextSide):
-    """Every parameter of the text tower trains, except for the token embeddings, most of which never occur.
-
-    It starts as the zero-shot classifier.
-    """
+    """The zero-shot classifier, whose text tower trains without its token embeddings, most of which never occur."""
 
     # DEVIATION: FLYP (Goyal et al., 2023) trains the token embeddings as well.
     CAPTURABLE = True

@@ -79,7 +79,7 @@ def test_text_features_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = open_clip.create_model("local-dir:.").eval()
     with torch.no_grad():
         expected = stock.encode_text(open_clip.get_tokenizer("local-dir:.")(prompts), normalize=True)
-    torch.testing.assert_close(load_clip("mini", "shapes").text_features(prompts), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(load_clip("mini", "shapes").encode_prompts(prompts), expected, atol=1e-6, rtol=0)
 
 
 def test_template_needs_one_place_for_the_name() -> None:

@@ -160,7 +160,7 @@ def test_arcface_adds_the_margin_to_the_angle_of_the_true_class() -> None:
 def test_style_features_are_clips_own() -> None:
     """With the embeddings of a real word in the gap, the sentence is plain text."""
     clip = load_clip("mini", "shapes")
-    expected = clip.text_features(["a a style of a", *(f"a a style of a {name}" for name in NAMES), *NAMES])
+    expected = clip.encode_prompts(["a a style of a", *(f"a a style of a {name}" for name in NAMES), *NAMES])
     tower, styled, contents = small("promptstyler").text.helpers
     word = tower.embed("a")  # one token
     got = tower(styled(word[None]), styled.ends)
@@ -234,7 +234,7 @@ def test_classifier_finds_the_classes_in_batches_of_128(monkeypatch: pytest.Monk
 def test_bank_of_prompts() -> None:
     domains = ["photo", "art", "cartoon", "sketch", "clipart", "infograph", "painting", "quickdraw", "real", "product"]
     prompts = [f"a {domain} photo of a electric guitar" for domain in domains]
-    expected = load_clip("mini", "shapes").text_features(["a photo of a electric guitar", *prompts])
+    expected = load_clip("mini", "shapes").encode_prompts(["a photo of a electric guitar", *prompts])
     bank = small("duprg").text.bank
     assert bank.shape[:2] == (3, 11)
     torch.testing.assert_close(bank[CLASSES.index("electric_guitar")], expected, atol=1e-5, rtol=1e-5)
