@@ -69,8 +69,8 @@ def done_times(folder: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"*/{DONE}")}
 
 
-def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
-    """Launch and kill, again and again, until `kills` have hit; then launch to the end. Return the hits by kind."""
+def disturb(folder: Path, kills: int, chance: random.Random, count: int) -> Counter[str]:
+    """Launch a sweep of `count` jobs, kill until `kills` have hit, launch to the end. Return the hits by kind."""
     hits: Counter[str] = Counter()
     done: dict[str, int] = {}
     launcher = start_launcher(folder)
@@ -88,7 +88,7 @@ def disturb(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
         assert all(now[name] == when for name, when in done.items()), "a job was done twice"
         done = now
         print(f"{sum(hits.values())} kills, {len(done)} jobs done", flush=True)
-        if len(done) == len(load_jobs(folder)):
+        if len(done) == count:
             break
         if launcher.poll() is not None or kind != "job":
             launcher.wait()
@@ -111,7 +111,7 @@ def main() -> None:
         begin = time.time()
         assert start_launcher(whole).wait() == 0
         undisturbed_s, begin = time.time() - begin, time.time()
-        hits = disturb(torn, args.kills, random.Random(args.seed))
+        hits = disturb(torn, args.kills, random.Random(args.seed), len(load_jobs(whole)))
         expected, got = read_records(whole), read_records(torn)
         print(f"undisturbed: {undisturbed_s:.0f} s; with {dict(hits)} kills: {time.time() - begin:.0f} s")
         equal = sum(expected[name] == got.get(name) for name in expected)

@@ -25,8 +25,9 @@ from torchvision import transforms
 
 from domainbed_hp.datasets.folder import FolderImages, read_folder
 from domainbed_hp.datasets.loading.loader import EvalLoader, TrainLoader
-from domainbed_hp.datasets.loading.transforms import DecodedViews, ImageViews
+from domainbed_hp.datasets.loading.transforms import DecodedViews
 from domainbed_hp.datasets.open import find_spec, open_dataset
+from domainbed_hp.datasets.spec import ImageViews
 from domainbed_hp.networks.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalise, Preprocess
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.seeds import rng

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from domainbed_hp.run_args import RunArgs
 from domainbed_hp.scripts.prepare import main as prepare
 from domainbed_hp.training.loop import train
-from domainbed_hp.training.setup import find_device, plan
+from domainbed_hp.training.setup import find_device, set_up_run
 
 CASES = {
     "mini": ({"clip_model": "mini", "clip_pretrained": "shapes"}, 256),
@@ -37,11 +37,11 @@ CASES = {
 def prepare_images(args: RunArgs) -> None:
     """Prepare the images that a run reads, as its tower wants them."""
     with silence():
-        preprocess = plan(args).preprocess
+        preprocess = set_up_run(args).preprocess
         shape = ["--image_size", str(preprocess.size), "--resize", preprocess.resize]
         shape += ["--interpolation", preprocess.interpolation, "--encoding", "raw"]
         prepare(["--data_dir", str(args.data_dir), "--dataset", args.dataset, *shape])
-        assert plan(args).dataset.source == "prepared, raw"
+        assert set_up_run(args).dataset.source == "prepared, raw"
 
 
 def time_run(args: RunArgs) -> float:

@@ -1,6 +1,6 @@
 """Register what a module of the user defines, for `--import my_package.my_module`.
 
-Subclasses of `Algorithm`, `TextSide`, `Average` and `SAM` are registered under their class names, subclasses of
+Subclasses of `Algorithm`, `TextSide`, `WeightAverage` and `SAM` are registered under their class names, subclasses of
 `SelectionMethod` under their `key`, each `DatasetSpec` under its `name`, and launchers as a dictionary says:
 `LAUNCHERS = {"my_cluster": launch}`, where `launch(commands: list[list[str]], ...) -> list[int]` returns exit codes.
 """
@@ -17,7 +17,7 @@ from domainbed_hp.registry import UsageError
 CLASSES: list[tuple[dict[str, Any], str, str, str]] = [
     (registry.ALGORITHMS, "domainbed_hp.algorithms.base", "Algorithm", "__name__"),
     (registry.PROMPTS, "domainbed_hp.prompts.base", "TextSide", "__name__"),
-    (registry.WEIGHT_AVERAGES, "domainbed_hp.training.weight_averaging", "Average", "__name__"),
+    (registry.WEIGHT_AVERAGES, "domainbed_hp.training.weight_averaging", "WeightAverage", "__name__"),
     (registry.SHARPNESS, "domainbed_hp.training.sharpness", "SAM", "__name__"),
     (registry.SELECTION_RULES, "domainbed_hp.model_selection", "SelectionMethod", "key"),
 ]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,22 @@ CPU = torch.device("cpu")
 MINI = '{"clip_model": "mini", "clip_pretrained": "shapes", "batch_size": 4}'
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run that tests only read."""
+
+    folder: Path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Its records, anew for whoever changes them."""
+        return [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
+
+
 def go(folder: Path, **kwargs: Any) -> list[dict[str, Any]]:
     """A short run on Debug28; its records."""
-    settings = {"dataset": "Debug28", "hparams": MINI, "steps": 4, "checkpoint_freq": 2, "seed": 3} | kwargs
-    train(RunArgs(output_dir=str(folder), **settings))
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    settings = {"dataset": "Debug28", "hparams": MINI, "steps": 4, "checkpoint_freq": 2, "seed": 3, "eval_images": 4}
+    train(RunArgs(output_dir=str(folder), **settings | kwargs))
+    return Run(folder).read()
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,6 +57,9 @@ def test_run_and_loading(shared_data: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_faults(capsys: pytest.CaptureFixture[str]) -> None:
-    run("faults", "--kills", "2")
-    assert "6 of 6 results.jsonl are equal" in capsys.readouterr().out
+def test_faults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = program("faults")
+    less = {"LoRA": "LoRA", "HeadPurification": "", "FineTuneCLIP": "", "200": "8", "2": "1"}
+    monkeypatch.setattr(faults, "LAUNCH", [word for flag in faults.LAUNCH if (word := less.get(flag, flag))])
+    run("faults", "--kills", "1")
+    assert "1 of 1 results.jsonl are equal" in capsys.readouterr().out

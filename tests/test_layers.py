@@ -13,6 +13,7 @@ PACKAGE = Path(domainbed_hp.__file__).parent
 BELOW = {
     "scripts": {"training", "sweep", "reports", "launchers", "plugins", "run_args", "run_dir", "records",
                 "model_selection", "hparams_registry", "algorithms", "prompts", "networks", "datasets", "files"},
+    "testing": {"training", "algorithms", "prompts", "networks", "datasets", "hparams_registry"},
     "reports": {"run_args", "sweep.jobs", "run_dir", "records", "model_selection"},
     "sweep.validation": {"sweep.spec", "plugins", "hparams_registry", "algorithms", "datasets"},
     "sweep": {"run_args", "plugins", "launchers", "datasets", "run_dir", "records", "files"},

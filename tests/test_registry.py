@@ -10,7 +10,9 @@ from helpers import images, make
 from domainbed_hp.algorithms import get_algorithm_class
 from domainbed_hp.datasets.open import find_spec
 from domainbed_hp.plugins import import_plugin
-from domainbed_hp.registry import ALGORITHMS, DATASETS, PROMPTS, UsageError
+from domainbed_hp.registry import ALGORITHMS, DATASETS, PROMPTS, SHARPNESS, WEIGHT_AVERAGES, UsageError
+from domainbed_hp.training.sharpness import make_perturbation
+from domainbed_hp.training.weight_averaging import make_weight_average
 
 METHOD = """
 from domainbed_hp.algorithms import Algorithm
@@ -58,6 +60,34 @@ def test_entry_points_are_registered_too(module: str, monkeypatch: pytest.Monkey
     )
     assert get_algorithm_class("Mine").__name__ == "Mine"
     assert find_spec("MyData").name == "MyData"
+
+
+AROUND_UPDATES = """
+from domainbed_hp.training.sharpness import SAM
+from domainbed_hp.training.weight_averaging import WeightAverage
+
+class Last(WeightAverage):
+    def compute_weights(self):
+        return self.parameters
+
+class Lazy(SAM):
+    pass
+"""
+
+
+def test_weight_averages_and_sharpness_methods_are_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "around_updates.py").write_text(AROUND_UPDATES)
+    monkeypatch.syspath_prepend(tmp_path)
+    for table in (WEIGHT_AVERAGES, SHARPNESS):
+        for name in ("Last", "Lazy"):
+            monkeypatch.setitem(table, name, "")
+            monkeypatch.delitem(table, name)  # removed again at the end, too
+    assert import_plugin("around_updates") == ["Last", "Lazy"]
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    average = make_weight_average(parameters, {"average": "Last"}, 1)
+    assert average is not None and average.compute_weights() == parameters
+    perturb = make_perturbation(make("LoRA"), {"sharpness": "Lazy", "sam_rho": 1.0})
+    assert type(perturb.__self__).__name__ == "Lazy"
 
 
 def test_a_module_without_algorithms_is_refused() -> None:

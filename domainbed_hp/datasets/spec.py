@@ -13,8 +13,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from domainbed_hp.datasets.loading.transforms import ImageViews
-
 
 class Images(Protocol):
     """The raw images of one environment; `labels` is (N,) int64, an item is an RGB image."""
@@ -25,6 +23,24 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Image: ...
+
+
+class ImageViews(Protocol):
+    """The images of one environment as loaders read them; `labels` is (N,) int64."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def load_training_view(self, i: int) -> np.ndarray:
+        """Return image i to crop at random from: uint8 (h, w, 3)."""
+
+    def load_evaluation_view(self, i: int) -> np.ndarray:
+        """Return image i to score: uint8 (3, S, S), or its features, float32 (E,)."""
+
+    def fingerprint(self) -> str:
+        """Return a string that changes when an image or a label changes; "" where changes cannot be noticed."""
 
 
 class ArrayImages:

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from domainbed_hp.model_selection import IIDAccuracy, SelectionMethod
 from domainbed_hp.records import read_records
-from domainbed_hp.reports.load import CollectedRuns, Run
+from domainbed_hp.reports.load import CollectedRuns
+from domainbed_hp.reports.rows import Run
 from domainbed_hp.reports.tables import Table, check_keys
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

@@ -21,41 +21,12 @@ import pandas as pd
 
 from domainbed_hp.records import read_records
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.rows import assign_rows
+from domainbed_hp.reports.rows import PlannedJob, Run, assign_rows
 from domainbed_hp.run_dir import DONE, RESULTS
-from domainbed_hp.sweep.jobs import SWEEP_FILE, Job, load_sweep
+from domainbed_hp.sweep.jobs import SWEEP_FILE, load_sweep
 
 REQUIRED_ARGS = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
 """Arguments that give a run its place in the tables; every record has them."""
-
-
-@dataclass
-class Run:
-    """One run: everything that its records have in common."""
-
-    folder: str
-    args: dict[str, Any]
-    hparams: dict[str, Any] = field(default_factory=dict)
-    versions: list[dict[str, Any]] = field(default_factory=list)
-    """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
-    image_size: int | None = None
-    protocol: dict[str, Any] = field(default_factory=dict)
-    """Conditions under which the run was trained and scored, e.g. {"weights": ..., "transductive": True}."""
-    row: str = ""
-    """The row of the tables that the run belongs to."""
-
-    @property
-    def label(self) -> str:
-        return str(self.args.get("label") or self.args["algorithm"])
-
-
-@dataclass
-class PlannedJob:
-    """A job that a sweep.json lists, and the row of the tables that it belongs to."""
-
-    job: Job
-    done: bool
-    row: str = ""
 
 
 @dataclass
@@ -173,7 +144,7 @@ def collect_records(
         values = [tuple(run.args[name]) if name == "test_envs" else run.args[name] for run in runs]
         column = spread_over_records(values, collected.frame["run"])
         collected.frame[name] = column.astype(int) if name.endswith("_seed") else column
-    assign_rows(collected)
+    collected.notes += assign_rows(collected.runs, collected.planned)
     collected.frame["row"] = spread_over_records([run.row for run in runs], collected.frame["run"])
     collected.notes += describe_repeated_runs(collected)
     return collected

@@ -1,50 +1,80 @@
-"""Give every run and every planned job its row of the tables: runs of different protocols never share a row."""
+"""Runs and planned jobs, and their rows of the tables: runs of different protocols never share a row."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from domainbed_hp.run_args import PROTOCOL, REMOVED
-
-if TYPE_CHECKING:
-    from domainbed_hp.reports.load import CollectedRuns, PlannedJob, Run
+from domainbed_hp.sweep.jobs import Job
 
 WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
 """Hparams that name the pretrained weights of a run."""
 
 
-def assign_rows(collected: CollectedRuns) -> None:
-    """Set `row` of every run and planned job, and add a note where runs of one label have different protocols.
+@dataclass
+class Run:
+    """One run: everything that its records have in common."""
+
+    folder: str
+    args: dict[str, Any]
+    hparams: dict[str, Any] = field(default_factory=dict)
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
+    image_size: int | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """Conditions under which the run was trained and scored, e.g. {"weights": ..., "transductive": True}."""
+    row: str = ""
+    """The row of the tables that the run belongs to."""
+
+    @property
+    def label(self) -> str:
+        return str(self.args.get("label") or self.args["algorithm"])
+
+
+@dataclass
+class PlannedJob:
+    """A job that a sweep.json lists, and the row of the tables that it belongs to."""
+
+    job: Job
+    done: bool
+    row: str = ""
+
+
+def assign_rows(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[str]:
+    """Set `row` of every run and planned job. Return a note for each label whose runs have different protocols.
 
     A row is named by its label. Where runs of one label on one data set differ in their protocol, the differing
     values follow in brackets, e.g. `ERM (steps=100)`.
     """
     # DEVIATION: DomainBed merges all runs of equal dataset, algorithm, test_envs and seeds, without a warning.
     groups: dict[tuple[str, str], tuple[list[Run], list[PlannedJob]]] = defaultdict(lambda: ([], []))
-    for run in collected.runs:
+    for run in runs:
         groups[run.label, run.args["dataset"]][0].append(run)
-    for plan in collected.planned:
+    for plan in planned:
         groups[plan.job.row, plan.job.args["dataset"]][1].append(plan)
-    for (label, dataset), (runs, planned) in groups.items():
-        protocols = list_protocols(runs, planned)
+    notes = []
+    for (label, dataset), (own_runs, own_jobs) in groups.items():
+        protocols = list_protocols(own_runs, own_jobs)
         values_of: dict[str, set[str]] = defaultdict(set)
         for protocol in protocols:
             for name, value in protocol.items():
                 values_of[name].add(value)
         differing = [name for name, values in values_of.items() if len(values) > 1]
-        members: list[Run | PlannedJob] = [*runs, *planned]
+        members: list[Run | PlannedJob] = [*own_runs, *own_jobs]
         for member, protocol in zip(members, protocols, strict=True):
             shown = ", ".join(f"{name}={protocol.get(name, 'unknown')}" for name in differing)
             member.row = f"{label} ({shown})" if shown else label
-        assign_planned_rows(runs, planned, protocols)
+        assign_planned_rows(own_runs, own_jobs, protocols)
         if differing:
-            counts = Counter(run.row for run in runs)
+            counts = Counter(run.row for run in own_runs)
             rows = ", ".join(f"{row!r} ({number} runs)" for row, number in counts.items())
             names = ", ".join(differing)
-            collected.notes.append(f"runs of {label!r} on {dataset} differ in {names}, so each has its own row: {rows}")
+            notes.append(f"runs of {label!r} on {dataset} differ in {names}, so each has its own row: {rows}")
+    return notes
 
 
 def assign_planned_rows(

@@ -67,17 +67,17 @@ def sum_scores(algorithm: Algorithm, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
 def make_score_columns(scores: Mapping[str, SplitScore], train_envs: Sequence[int]) -> dict[str, float]:
     """Return the accuracies and the validation loss as keys of a record."""
     columns = {f"{name}_acc": score.accuracy for name, score in scores.items()}
-    loss = validation_loss(scores, train_envs)
+    loss = compute_validation_loss(scores, train_envs)
     return columns if math.isnan(loss) else columns | {"val_loss": loss}
 
 
-def validation_loss(scores: Mapping[str, SplitScore], train_envs: Sequence[int]) -> float:
+def compute_validation_loss(scores: Mapping[str, SplitScore], train_envs: Sequence[int]) -> float:
     """Mean loss on the `out` splits of the training environments, NaN if there are no such splits."""
     losses = [scores[f"env{i}_out"].loss for i in train_envs if f"env{i}_out" in scores]
     return sum(losses) / len(losses) if losses else math.nan
 
 
-def validation_accuracy(record: Mapping[str, Any], train_envs: Sequence[int]) -> float:
+def compute_validation_accuracy(record: Mapping[str, Any], train_envs: Sequence[int]) -> float:
     """Mean accuracy on the `out` splits of the training environments, NaN if one of them has no images."""
     return float(np.mean([record.get(f"env{i}_out_acc", math.nan) for i in train_envs]))
 
@@ -103,10 +103,9 @@ class MetricLog:
         self.unread.append({k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in metrics.items()})
 
     def read(self, step: int) -> None:
-        """Convert the metrics of all steps up to `step` to floats, and share the time since the last call among them.
+        """Convert the metrics of the unread steps up to `step` to floats, and divide the time since the last call.
 
-        Raises:
-            FloatingPointError: a metric is not finite; the message names the first such step.
+        `FloatingPointError` names the first step with a metric that is not finite.
         """
         if not self.unread:
             return
@@ -120,11 +119,11 @@ class MetricLog:
         self.restart_timer()
         self.unread.clear()
 
-    def means(self) -> dict[str, float]:
+    def compute_means(self) -> dict[str, float]:
         return {name: float(np.mean(values)) for name, values in self.values.items()}
 
     def clear(self) -> None:
-        """Forget all metrics after a record."""
+        """Remove all metrics, after a record."""
         self.values.clear()
         self.restart_timer()
 

@@ -26,8 +26,8 @@ from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm
 from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
-from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.prepared import index
+from domainbed_hp.datasets.spec import ImageViews
 from domainbed_hp.files import cache_dir
 from domainbed_hp.networks.clip import find_clip
 from domainbed_hp.training.setup import RunSetup
@@ -36,7 +36,7 @@ FORMAT = 1
 """Version of the files and of the features in them; to be raised when `VisionTower` computes other features."""
 ABOUT = "about.json"
 MAX_RATIO = 4
-"""Features are not computed for a data set with more than so many times the images that the run would encode."""
+"""Features are computed only if the data set has at most so many times the images that the run would encode."""
 
 
 class DamagedFeatures(OSError):
@@ -200,12 +200,7 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def read_features(folder: Path) -> list[np.ndarray]:
-    """Return the features in a folder as memory maps.
-
-    Raises:
-        FileNotFoundError: there are none.
-        DamagedFeatures: a file is missing or has another digest.
-    """
+    """Return the features in a folder as memory maps; raise `FileNotFoundError` or `DamagedFeatures`."""
     about = (folder / ABOUT).read_bytes()
     arrays = []
     try:

@@ -184,14 +184,14 @@ class TrainingLoop:
         return {
             "step": self.step,
             "epoch": self.step / run.steps_per_epoch,
-            **self.metrics.means(),
+            **self.metrics.compute_means(),
             **evaluation.make_score_columns(scores, run.train_envs),
             **diagnosis,
             "mem_gb": torch.cuda.max_memory_allocated(run.device) / 2**30 if run.on_gpu else 0.0,
             "args": asdict(run.args),
             "hparams": run.hparams,
             "versions": find_versions(run.device),
-            "elapsed_s": self.elapsed_s(),
+            "elapsed_s": self.elapsed_s,
             "image_size": run.preprocess.size,
             "trainable_params": self.num_trainable,
             "protocol": run.protocol,
@@ -203,7 +203,7 @@ class TrainingLoop:
             return
         names = [name for i in self.run.train_envs if (name := f"env{i}_out") in self.eval_loaders]
         with self.stop.raise_immediately(), evaluation_mode(self.algorithm), self.cast:
-            loss = evaluation.validation_loss(self.score(names), self.run.train_envs)
+            loss = evaluation.compute_validation_loss(self.score(names), self.run.train_envs)
         self.metrics.values["raw_val_loss"].append(loss)
         self.average.add_validation_loss(loss)  # outside the context, so that no signal interrupts it
 
@@ -218,11 +218,11 @@ class TrainingLoop:
         """Return a context in which the algorithm has the weights to score and save, which an average may change."""
         if self.average is None:
             return contextlib.nullcontext()
-        return swap_weights(self.average.parameters, self.average.averaged_weights())
+        return swap_weights(self.average.parameters, self.average.compute_weights())
 
     def save_models(self, record: dict[str, Any]) -> None:
         """Save the models that the flags ask for at a record."""
-        args, accuracy = self.run.args, evaluation.validation_accuracy(record, self.run.train_envs)
+        args, accuracy = self.run.args, evaluation.compute_validation_accuracy(record, self.run.train_envs)
         if args.save_model_every_checkpoint and not args.skip_model_save:
             self.save_model(STEP_MODEL.format(step=self.step))
         if args.keep == "best" and not args.skip_model_save and accuracy > self.best_accuracy:
@@ -245,7 +245,7 @@ class TrainingLoop:
             "step": self.step,
             "since": dict(self.metrics.values),
             "best": self.best_accuracy,
-            "elapsed_s": self.elapsed_s(),
+            "elapsed_s": self.elapsed_s,
             "average": self.average and self.average.state_dict(),
             "args": asdict(self.run.args),
         }
@@ -266,6 +266,7 @@ class TrainingLoop:
             self.metrics.values.update(checkpoint["since"])
         print(f"Resumed after step {self.step}")
 
+    @property
     def elapsed_s(self) -> float:
         """Return the wall-clock seconds of the run, without the time between a stop and the next start."""
         return self.elapsed_before_s + time.time() - self.started

@@ -77,7 +77,7 @@ def print_row(record: Mapping[str, Any], columns: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def copy_stdout(path: Path) -> Iterator[None]:
-    """Append everything that is printed to a file, too."""
+    """Append everything that is printed to a file as well."""
     with open(path, "a") as file, contextlib.redirect_stdout(Tee(file)):
         yield
 

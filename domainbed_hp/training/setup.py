@@ -11,8 +11,8 @@ import torch
 from domainbed_hp import hparams_registry
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
 from domainbed_hp.datasets.loading.loader import TrainLoader
-from domainbed_hp.datasets.loading.transforms import ImageViews
 from domainbed_hp.datasets.open import Dataset, find_spec, open_dataset
+from domainbed_hp.datasets.spec import ImageViews
 from domainbed_hp.datasets.splits import split_environments
 from domainbed_hp.files import cpu_count
 from domainbed_hp.networks.preprocess import Preprocess

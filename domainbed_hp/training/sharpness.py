@@ -41,7 +41,7 @@ class SAM:
     def validate(cls, hparams: dict[str, Any]) -> None:
         """Raise `UsageError` for hparams that do not fit together."""
 
-    def objective(self, losses: Tensor) -> Tensor:
+    def compute_objective(self, losses: Tensor) -> Tensor:
         """Return the scalar that the perturbation increases, from the losses of the domains (K,)."""
         return losses.mean()
 
@@ -73,7 +73,7 @@ class SAM:
             losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])  # (K,)
             if not losses.requires_grad:  # only a text side with a loss of its own trains
                 return
-            gradients = torch.autograd.grad(self.objective(losses), parameters, allow_unused=True)
+            gradients = torch.autograd.grad(self.compute_objective(losses), parameters, allow_unused=True)
         moves = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         length = torch.stack([g.norm() for _, g in moves]).norm()
         with torch.no_grad():
@@ -88,7 +88,7 @@ class DISAM(SAM):
         "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: lambda, weight of the variance", at_least=0)
     }
 
-    def objective(self, losses: Tensor) -> Tensor:
+    def compute_objective(self, losses: Tensor) -> Tensor:
         variance: Tensor = self.hparams["disam_weight"] * losses.var(correction=0)
         return losses.mean() - variance
 

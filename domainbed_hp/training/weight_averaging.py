@@ -64,9 +64,9 @@ class WeightAverage:
     def add_validation_loss(self, loss: float) -> None:
         """Take in the validation loss of the current weights at a record: cross-entropy, mean over source domains."""
 
-    def averaged_weights(self) -> Sequence[Tensor]:
+    def compute_weights(self) -> Sequence[Tensor]:
         """Return the averaged weights, in the order of the parameters, as if the run ended here."""
-        raise NotImplementedError(f"{type(self).__name__}.averaged_weights")
+        raise NotImplementedError(f"{type(self).__name__}.compute_weights")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `step` and `add_validation_loss` change, as tensors and plain values."""
@@ -92,7 +92,7 @@ class WeightedAverage(WeightAverage):
         self.t += 1
         self.mean.add(self.parameters, self.weigh(self.t))
 
-    def averaged_weights(self) -> Sequence[Tensor]:
+    def compute_weights(self) -> Sequence[Tensor]:
         return self.mean.tensors
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class SWAD(WeightAverage):
         self.valley.add(self.rise.tensors, self.rise.total)
         self.rise, self.above = RunningMean(self.parameters), 0
 
-    def averaged_weights(self) -> Sequence[Tensor]:
+    def compute_weights(self) -> Sequence[Tensor]:
         if self.threshold is not None:
             return self.valley.tensors
         return self.recent[-1][1].tensors if self.recent else self.parameters
@@ -239,7 +239,7 @@ class WiSE(WeightAverage):
         self.start = RunningMean(self.parameters)  # not in `state_dict`: the seed of a run determines its start
         self.start.add(self.parameters)
 
-    def averaged_weights(self) -> Sequence[Tensor]:
+    def compute_weights(self) -> Sequence[Tensor]:
         return self.interpolate(self.hparams["wise_alpha"])
 
     def interpolate(self, alpha: float) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from helpers import photo
 from leases import leave_lease
 from safetensors.torch import load_file
-from short_runs import CPU, MINI, crash, go, stop_at, terminate, without_times
+from short_runs import CPU, MINI, Run, crash, go, stop_at, terminate, without_times
 
 from domainbed_hp import hparams_registry, records
 from domainbed_hp.algorithms import Algorithm, get_algorithm_class
@@ -31,6 +31,20 @@ from domainbed_hp.training import checkpoint, evaluation, loop, setup
 from domainbed_hp.training.model_io import load_model
 
 
+@pytest.fixture(scope="module")
+def purification(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("purification")
+    go(folder)
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("lora")
+    go(folder, algorithm="LoRA")
+    return Run(folder)
+
+
 def test_records_have_what_domainbed_reads(tmp_path: Path) -> None:
     records = go(tmp_path / "run", test_envs=(1,), label="mine")
     assert [r["step"] for r in records] == [0, 2, 3]
@@ -45,9 +59,8 @@ def test_records_have_what_domainbed_reads(tmp_path: Path) -> None:
     assert "HParams:" in out and "env0_in_acc" in out
 
 
-def test_same_arguments_same_records(tmp_path: Path) -> None:
-    a, b = (without_times(go(tmp_path / name)) for name in "ab")
-    assert a == b
+def test_same_arguments_same_records(purification: Run, tmp_path: Path) -> None:
+    assert without_times(go(tmp_path / "run")) == without_times(purification.read())
 
 
 @pytest.mark.parametrize("algorithm", ["HeadPurification", "ERM"])
@@ -79,8 +92,27 @@ def test_without_validation_images_gates_alone_are_diagnosed(tmp_path: Path) -> 
         go(tmp_path / f"{fraction}", steps=1, eval_images=2, holdout_fraction=fraction)[0] for fraction in (0.2, 0.0)
     )
     assert "val_mmd" in some and "val_mmd" not in none
-    assert some["gates"] == none["gates"] and len(none["gates"]) > 1
-    assert "gates" not in (tmp_path / "none" / "out.txt").read_text().splitlines()[-2]  # the header of numbers
+    assert np.shape(none["gates"]) == np.shape(some["gates"]) and len(none["gates"]) > 1  # layers, heads
+    assert "gates" not in (tmp_path / "0.0" / "out.txt").read_text().splitlines()[-2]  # the header of numbers
+
+
+@pytest.mark.parametrize("algorithm", ["HeadPurification", "LoRA"])
+def test_a_statistic_that_backward_returns_is_recorded_and_trains_nothing(
+    lora: Run, purification: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    kind, plain = get_algorithm_class(algorithm), lora if algorithm == "LoRA" else purification
+    backward = kind.backward
+
+    def with_norm(self: Any, *args: Any) -> dict[str, torch.Tensor]:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return backward(self, *args) | {"norm": torch.stack([p.square().sum() for p in trained]).sum()}
+
+    monkeypatch.setattr(kind, "backward", with_norm)
+    found = go(tmp_path / "run", algorithm=algorithm)
+    assert all(record.pop("norm") > 0 for record in found)
+    assert without_times(found) == without_times(plain.read())
+    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", plain.folder))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_split_smaller_than_the_batch_trains(tmp_path: Path) -> None:
@@ -340,9 +372,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         assert "Resumed after step" in (tmp_path / "run" / "out.txt").read_text()
 
 
-def test_a_run_that_is_stopped_while_it_scores_saves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
-    whole = go(tmp_path / "whole", **settings)
+def test_a_run_that_is_stopped_while_it_scores_saves_its_state(
+    lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, whole = {"algorithm": "LoRA"}, lora.read()
     score, calls = evaluation.score_split, [0]
 
     def stopping(*args: Any) -> evaluation.SplitScore:
@@ -380,9 +413,8 @@ def test_another_signal_after_the_first_loses_nothing(
     assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 1
 
 
-def test_a_torn_record_is_dropped_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 2}
-    whole = go(tmp_path / "whole", **settings)
+def test_a_torn_record_is_dropped_and_written_again(lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, whole = {"algorithm": "LoRA"}, lora.read()
     with monkeypatch.context() as patch:
         stop_at(3, patch, crash)
         with pytest.raises(RuntimeError):
@@ -458,9 +490,8 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("number", "after", "stay"), [(errno.ENOSPC, 3, [0]), (errno.EIO, 4, [0, 2])])
 def test_an_error_of_the_disk_is_named_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: int, stay: list[int]
+    lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: int, stay: list[int]
 ) -> None:
-    whole = go(tmp_path / "whole", algorithm="LoRA")
     fsync, calls = os.fsync, [0]
 
     def failing(fd: int) -> None:
@@ -475,7 +506,7 @@ def test_an_error_of_the_disk_is_named_and_loses_nothing(
             go(tmp_path / "run", algorithm="LoRA")
     assert os.strerror(number) in read_failure(tmp_path / "run")
     assert [r["step"] for r in list(records.read_records(tmp_path / "run"))] == stay
-    assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(whole)
+    assert without_times(go(tmp_path / "run", algorithm="LoRA")) == without_times(lora.read())
 
 
 def test_numbers_of_numpy_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,10 +532,9 @@ def test_out_of_gpu_memory_says_what_to_try(tmp_path: Path, monkeypatch: pytest.
     assert "smaller batch_size" in read_failure(tmp_path / "run")
 
 
-def test_save_full_has_every_weight(tmp_path: Path) -> None:
-    go(tmp_path / "some", algorithm="LoRA")
+def test_save_full_has_every_weight(lora: Run, tmp_path: Path) -> None:
     go(tmp_path / "all", algorithm="LoRA", save="full")
-    some, everything = (load_file(tmp_path / name / "model.safetensors") for name in ("some", "all"))
+    some, everything = (load_file(folder / "model.safetensors") for folder in (lora.folder, tmp_path / "all"))
     assert len(everything) > 3 * len(some) and all(torch.equal(everything[k], some[k]) for k in some)
     load_model(tmp_path / "all")
 

@@ -79,26 +79,26 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def test_the_simple_moving_average() -> None:
     path = walk(9)
     for steps in (0, 3, 4):
-        assert torch.equal(follow("sma", path[: steps + 1], average_start=4)[1].averaged_weights()[0], path[steps][0])
-    same(follow("sma", path, average_start=4)[1].averaged_weights(), mean(path[4:]))
+        assert torch.equal(follow("sma", path[: steps + 1], average_start=4)[1].compute_weights()[0], path[steps][0])
+    same(follow("sma", path, average_start=4)[1].compute_weights(), mean(path[4:]))
 
 
 @pytest.mark.parametrize("b", [0.5, 2.0])
 def test_the_beta_moving_average(b: float) -> None:
     path = walk(9)
     weights = [scipy.stats.beta.pdf((t + 0.5) / 10, b, b) for t in range(10)]
-    same(follow("beta", path, average_beta=b)[1].averaged_weights(), mean(path, weights))
+    same(follow("beta", path, average_beta=b)[1].compute_weights(), mean(path, weights))
 
 
 def test_wise_interpolates_between_the_start_and_the_current_weights() -> None:
     path = walk(5)
-    same(follow("wise", path, wise_alpha=0.3)[1].averaged_weights(), mean([path[0], path[-1]], [0.7, 0.3]))
+    same(follow("wise", path, wise_alpha=0.3)[1].compute_weights(), mean([path[0], path[-1]], [0.7, 0.3]))
 
 
 def test_averages_are_held_in_fp32_or_better() -> None:
     path = [[t.double() if t.dtype == torch.float32 else t for t in weights] for weights in walk(3)]
     for name in ("sma", "beta", "wise"):
-        assert [t.dtype for t in follow(name, path)[1].averaged_weights()] == [torch.float64, torch.float32]
+        assert [t.dtype for t in follow(name, path)[1].compute_weights()] == [torch.float64, torch.float32]
 
 
 def window(losses: list[float], converge: int, tolerance: int, ratio: float) -> tuple[int, int] | None:
@@ -144,7 +144,7 @@ def test_swad_averages_the_valley(losses: list[float], converge: int, tolerance:
             swad.step()
         swad.add_validation_loss(loss)
         first, last = window(losses[: i + 1], converge, tolerance, ratio) or (i, i)
-        same(swad.averaged_weights(), mean(path[ends[first] - lengths[first] + 1 : ends[last] + 1]))
+        same(swad.compute_weights(), mean(path[ends[first] - lengths[first] + 1 : ends[last] + 1]))
 
 
 def test_the_windows_of_the_curves() -> None:
@@ -169,7 +169,7 @@ def test_an_average_goes_on_from_a_checkpoint_bit_for_bit(name: str, steps: int,
     settings = {"sma": {"average_start": 5}, "swad": {"swad_converge": 2, "swad_tolerance": 2}}.get(name, {})
     _, whole = follow(name, walk(20)[: steps + 1], losses, **settings)
     _, other = follow(name, walk(20)[: steps + 1], losses, tmp_path, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(whole.averaged_weights(), other.averaged_weights(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.compute_weights(), other.compute_weights(), strict=True))
 
 
 def test_holding_gives_back_the_weights_bit_for_bit() -> None:
@@ -182,7 +182,13 @@ def test_holding_gives_back_the_weights_bit_for_bit() -> None:
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
 
 
-SHORT = {"algorithm": "LoRA", "steps": 4, "checkpoint_freq": 1, "save_model_every_checkpoint": True}
+SHORT = {
+    "eval_images": None,
+    "algorithm": "LoRA",
+    "steps": 4,
+    "checkpoint_freq": 1,
+    "save_model_every_checkpoint": True,
+}
 SWAD_NOW = {"average": "swad", "swad_converge": 1, "swad_tolerance": 1, "swad_ratio": 0.0, "lr": 0.01}
 
 

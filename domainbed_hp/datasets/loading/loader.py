@@ -15,7 +15,7 @@ from torch import Tensor
 
 from domainbed_hp.datasets.loading.augment import Draws, augment, draw_augmentation
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
-from domainbed_hp.datasets.loading.transforms import ImageViews
+from domainbed_hp.datasets.spec import ImageViews
 from domainbed_hp.registry import UsageError
 from domainbed_hp.seeds import rng
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -21,24 +21,6 @@ if TYPE_CHECKING:
 SCALE = (0.7, 1.0)
 """Range of a random crop's area, relative to the image's."""
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-class ImageViews(Protocol):
-    """The images of one environment as loaders read them; `labels` is (N,) int64."""
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-    def __len__(self) -> int: ...
-
-    def load_training_view(self, i: int) -> np.ndarray:
-        """Return image i to crop at random from: uint8 (h, w, 3)."""
-
-    def load_evaluation_view(self, i: int) -> np.ndarray:
-        """Return image i to score: uint8 (3, S, S), or its features, float32 (E,)."""
-
-    def fingerprint(self) -> str:
-        """Return a string that changes when an image or a label changes; "" where changes cannot be noticed."""
 
 
 class DecodedViews:
