@@ -18,6 +18,7 @@ from domainbed_hp.records import read_records
 from domainbed_hp.reports.load import CollectedRuns
 from domainbed_hp.reports.rows import Run
 from domainbed_hp.reports.tables import Table, check_keys
+from domainbed_hp.run_args import find_differences
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """The palette of Okabe and Ito for colour-blind readers."""
@@ -164,7 +165,7 @@ def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
     """Return (step, gates (layers, heads)) of the record of `step`, or else of the last record with gates, or None."""
     gates = None
     for record in read_records(run.folder, []):  # again, since the table holds numbers only
-        if record.get("gates") and record.get("args") == run.args:
+        if record.get("gates") and not find_differences(run.args, record["args"]):
             gates = record["step"], np.array(record["gates"], dtype=float)
             if record["step"] == step:
                 break

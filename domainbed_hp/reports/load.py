@@ -20,6 +20,7 @@ import pandas as pd
 from domainbed_hp.records import read_records
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.rows import PlannedJob, Run, assign_rows
+from domainbed_hp.run_args import find_differences
 from domainbed_hp.run_dir import DONE, RESULTS
 from domainbed_hp.sweep.jobs import SWEEP_FILE, load_sweep
 
@@ -108,19 +109,22 @@ def collect_records(
 ) -> CollectedRuns:
     """Add the table and runs of (folder, record) pairs to `collected`, which has their sweeps and notes.
 
-    Consecutive records of one folder with equal arguments are one run.
+    Consecutive records of one folder are one run, unless their arguments are those of different runs.
     """
     collected = collected or CollectedRuns()
     runs = collected.runs
     run_of_record = array("q")
     stores: dict[tuple[str, ...], NumberStore] = {}
-    args: dict[str, Any] | None = None
+    args: dict[str, Any] = {}
     last_folder: str | None = None
     store: NumberStore | None = None
     for folder, record in records:
-        new_run = args is None or folder != last_folder or record.get("args") != args
+        new_run = folder != last_folder
+        if new_run or record.get("args") != args:
+            last_args, args, last_folder = args, record.get("args") or {}, folder
+            # A resumed run may have another data_dir or device, or arguments that an earlier version wrote.
+            new_run = new_run or bool(find_differences(last_args, args))
         if new_run:
-            args, last_folder = record.get("args") or {}, folder
             check_args(args, f"a record of {folder}")
             hparams, protocol = record.get("hparams", {}), record.get("protocol", {})
             runs.append(Run(folder, args, hparams, [], record.get("image_size"), protocol))

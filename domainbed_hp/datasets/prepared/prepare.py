@@ -53,16 +53,17 @@ def prepare(
     """Bring the prepared folder of a data set up to date with its image files, and return it.
 
     A file is unchanged if its size and modification time are, or else its digest. An image with an error is left out
-    until its file changes. `auto` stays with the encoding of an existing folder.
+    until its file changes. Encoding `auto` is that of an existing folder, and in a new one depends on the size.
     """
     if spec.build is not None:
         raise UsageError(f"{spec.name} is made, not read from image files: there is nothing to prepare")
     if size < 1 or num_workers < 0:
         raise UsageError(f"image_size and num_workers: got {size} and {num_workers}, expected at least 1 and 0")
-    contents = find_images(spec, data_dir / spec.folder)
+    root = data_dir / spec.folder
+    contents = find_images(spec, root)
     folder = index.get_prepared_folder(spec, data_dir, size, resize, interpolation)
     about = About(spec.name, contents.class_names, spec.domain_folders, size, resize, interpolation, encoding)
-    environments = [Environment(data_dir / spec.folder / d, im, folder) for d, im in contents.environments.items()]
+    environments = [Environment(root / domain, images, folder) for domain, images in contents.environments.items()]
     try:
         message = f"waiting for another prepare of {folder}"
         with hold_lock(folder / "lock", message), ThreadPool(num_workers) as threads:
