@@ -54,7 +54,6 @@ class SelectionMethod:
 
 
 def load_selection_methods() -> list[type[SelectionMethod]]:
-    """Return all rules of `registry.SELECTION_RULES`, in its order."""
     return [load(SELECTION_RULES, "selection_rule", key) for key in SELECTION_RULES]
 
 

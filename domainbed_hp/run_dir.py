@@ -197,7 +197,7 @@ class RunLock:
         """Raise `RunTaken` if the lease is lost: it was taken over, or its file was deleted."""
         owner = self.lease.owner
         if owner and owner.token != self.lease.token:
-            raise self._taken()
+            raise self._make_error()
         if owner is None or self.lease.compromise:
             lost = f"{self.folder / LOCK} was removed, or could not be touched for too long"
             raise RunTaken(f"{lost}: another process may work in the folder, so this one stops")
@@ -218,7 +218,7 @@ class RunLock:
         try:
             self.lease.acquire(timeout=LEASE_S + 10, poll_interval=POLL_S, cancel_check=is_holder_alive)
         except (Timeout, LeaseSettingsMismatch):
-            raise self._taken() from None
+            raise self._make_error() from None
 
     def _release(self) -> None:
         self.lease.release()
@@ -234,7 +234,7 @@ class RunLock:
             with contextlib.suppress(OSError):
                 (self.folder / ERROR).write_text(text[-1000:])
 
-    def _taken(self) -> RunTaken:
+    def _make_error(self) -> RunTaken:
         owner = self.lease.owner
         who = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
         return RunTaken(f"{who} works in {self.folder}: wait until it ends, or choose another --output_dir")

@@ -204,7 +204,7 @@ def check_state_dict(case: AlgorithmCase) -> None:
     x = case.make_images(4)
     for name, state in (("state_dict", case.trained.state_dict()), ("trained_state", case.trained.trained_state())):
         other = case.build(seed=9)
-        predict(other, x)  # what it caches must not outlive its weights
+        predict(other, x)  # a cache must not outlive its weights
         other.load_state_dict(state, strict=name == "state_dict")
         assert torch.equal(predict(other, x), predict(case.trained, x)), (
             f"another instance with its {name}() gives other predictions. Register all that a prediction needs as "

@@ -33,9 +33,8 @@ class CLIPAdapter(ClipAlgorithm):
         super().__init__(*args, **kwargs)
         h, size = self.hparams, self.tower.embed_dim
         hidden = max(1, size // h["adapter_reduction"])
-        self.adapter = nn.Sequential(
-            nn.Linear(size, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, size, bias=False), nn.ReLU()
-        )
+        down, up = nn.Linear(size, hidden, bias=False), nn.Linear(hidden, size, bias=False)
+        self.adapter = nn.Sequential(down, nn.ReLU(), up, nn.ReLU())
         self.train_with({"params": self.adapter.parameters(), "lr": h["lr"], "weight_decay": h["weight_decay"]})
 
     @classmethod

@@ -15,7 +15,7 @@ from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, declares
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.compiled import compile_blocks
-from domainbed_hp.networks.fused import fused_adamw
+from domainbed_hp.networks.fused import make_fused_adamw
 from domainbed_hp.networks.preprocess import Normalise, Preprocess
 from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import load_text_side_class, make_text_side
@@ -120,7 +120,7 @@ class ClipAlgorithm(Algorithm):
 
     def train_with(self, *groups: dict[str, Any]) -> None:
         """Make the optimizer, AdamW, and its cosine schedule of these parameter groups."""
-        self.optimizer = fused_adamw(groups)
+        self.optimizer = make_fused_adamw(groups)
         self.schedule = self.make_cosine_schedule(self.optimizer)
 
     def make_cosine_schedule(
@@ -157,7 +157,7 @@ class ClipAlgorithm(Algorithm):
         statistics = self.compute_gradients(minibatches)
         self.step()
         self.steps_done += 1
-        return to_log(statistics, self.hparams)
+        return statistics if self.hparams["input_norm"] == "none" else to_log(statistics, self.hparams)
 
     def compute_gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         """Set the gradients of one step and return detached statistics, means over all images.

@@ -85,7 +85,7 @@ class HeadPurification(ClipAlgorithm):
         """Add the gradients of cross-entropy to adapters and gates, and those of the MMD to the gates (`mmd_route`)."""
         frozen, use_mmd = self.choose_stage()
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
-        sizes = count_images(minibatches)  # images of each domain; their sum is B
+        sizes = [len(y) for _, y in minibatches]  # images of each domain; their sum is B
 
         trace: list[Trace] = []
         features = self.encode(x, trace)  # (B, E)

@@ -1,7 +1,4 @@
-"""MIRO.
-
-Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022.
-"""
+"""MIRO: Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022."""
 
 import copy
 from typing import Any

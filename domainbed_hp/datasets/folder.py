@@ -113,7 +113,7 @@ def scan_folder(spec: DatasetSpec, root: Path) -> FolderContents:
             classes[domain] = list_subfolders(root / domain)
         except OSError as error:
             problems.append(f"cannot read {root / domain}: {error.strerror}")
-    # DEVIATION: DomainBed numbers the classes of each environment by itself; a missing folder shifts its labels.
+    # DEVIATION: DomainBed numbers the classes of each environment apart, so that a missing folder shifts its labels.
     names = spec.class_names or tuple(sorted(set().union(*classes.values())))
     if classes and len(names) != spec.num_classes:
         problems.append(f"got {len(names)} classes in all, expected {spec.num_classes}")
@@ -123,11 +123,8 @@ def scan_folder(spec: DatasetSpec, root: Path) -> FolderContents:
         problems += compare_names(f"class folder of {root / domain}", names, folders)
         files = [(path, label) for label, name in enumerate(names) for path in list_images(root / domain / name)]
         labels = {label for _, label in files}
-        problems += [
-            f"no images in {root / domain / name}"
-            for label, name in enumerate(names)
-            if name in folders and label not in labels
-        ]
+        empty = [name for label, name in enumerate(names) if name in folders and label not in labels]
+        problems += [f"no images in {root / domain / name}" for name in empty]
         environments[domain] = FolderImages([path for path, _ in files], np.array([label for _, label in files], int))
     return FolderContents(names, environments, problems)
 

@@ -92,7 +92,6 @@ class Slot:
         self.process: subprocess.Popen[bytes]
 
     def start(self, command: Sequence[str]) -> None:
-        """Start the process of a job."""
         self.log = LaunchLog(get_folder(command))
         self.process = subprocess.Popen(
             command,

@@ -128,13 +128,8 @@ def make_classifier(inputs: int, outputs: int, nonlinear: bool) -> nn.Module:
     """Return DomainBed's Classifier: one linear layer, or three with a half and a quarter of the width."""
     if not nonlinear:
         return nn.Linear(inputs, outputs)
-    return nn.Sequential(
-        nn.Linear(inputs, inputs // 2),
-        nn.ReLU(),
-        nn.Linear(inputs // 2, inputs // 4),
-        nn.ReLU(),
-        nn.Linear(inputs // 4, outputs),
-    )
+    half, quarter = nn.Linear(inputs, inputs // 2), nn.Linear(inputs // 2, inputs // 4)
+    return nn.Sequential(half, nn.ReLU(), quarter, nn.ReLU(), nn.Linear(inputs // 4, outputs))
 
 
 def make_featurizer(

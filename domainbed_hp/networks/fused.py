@@ -6,7 +6,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 
-def fused_adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
+def make_fused_adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
     """Return torch's fused AdamW with a hook that raises the version of the weights after every step.
 
     The fused kernel does not, and `TextSide.compute_class_features` caches by version.

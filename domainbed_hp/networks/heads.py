@@ -105,8 +105,7 @@ class HeadGate(nn.Module):
 
     softmax: H * softmax(logits). The gates of a layer start at 1, and cannot switch a whole layer off.
     sigmoid: 2 * sigmoid(logits), independent of each other.
-    hard: 1 for the `open_heads` best heads, 0 for the others: straight-through Gumbel-softmax in training, top-k in
-    evaluation.
+    hard: 1 for the `open_heads` best heads, else 0; straight-through Gumbel-softmax in training, top-k in evaluation.
     """
 
     def __init__(self, num_heads: int, kind: GateKind, open_heads: int) -> None:
@@ -195,7 +194,6 @@ class HeadAttention(nn.Module):
             self.adapters[target] = kind(self.width, self.num_heads, rank, shared, scale=scale, dropout=dropout)
 
     def add_gate(self, kind: GateKind, open_heads: int) -> None:
-        """Add a gate for every head."""
         self.gate = None if kind == "none" else HeadGate(self.num_heads, kind, open_heads)
 
     def compute_heads(self, x: Tensor, first: int | None = None) -> Tensor:
@@ -214,10 +212,8 @@ class HeadAttention(nn.Module):
         rows = slice(start, start + self.width * len(names))
         weight = self.merge_in_proj() if merge else self.in_proj_weight
         parts = F.linear(x, weight[rows], self.in_proj_bias[rows]).chunk(len(names), dim=-1)
-        return [
-            y if merge or name not in self.adapters else self.adapters[name](x, y)
-            for name, y in zip(names, parts, strict=True)
-        ]
+        pairs = zip(names, parts, strict=True)
+        return [y if merge or name not in self.adapters else self.adapters[name](x, y) for name, y in pairs]
 
     def project_heads(self, heads: Tensor) -> Tensor:
         """Return the output projection of the gated heads, (B, N, H, Dh) -> (B, N, D). The bias is not gated."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.networks.fused import fused_adamw
+from domainbed_hp.networks.fused import make_fused_adamw
 from domainbed_hp.networks.vit import VisionTower
 from domainbed_hp.registry import PROMPTS, UsageError, load, refuse_renamed_methods
 
@@ -142,7 +142,7 @@ def make_sgd(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
 
 def make_adamw(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
     """Return AdamW with `prompt_lr` and `prompt_weight_decay`."""
-    return fused_adamw(parameters, lr=hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
+    return make_fused_adamw(parameters, lr=hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
 
 
 def load_text_side_class(name: str) -> type[TextSide]:

@@ -70,12 +70,9 @@ class DPL(TextSide):
         text = encode_prompts(self.tower, self.sentences, domains)  # (K, C, E)
         if sizes is None or self.hparams["dpl_released_labels"]:
             return text.flatten(0, 1)
-        return text.repeat_interleave(
-            torch.tensor(sizes).to(text.device, non_blocking=True), dim=0, output_size=len(images)
-        )
+        repeats = torch.tensor(sizes).to(text.device, non_blocking=True)
+        return text.repeat_interleave(repeats, dim=0, output_size=len(images))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        h = self.hparams
-        return torch.optim.SGD(
-            self.mlp.parameters(), h["prompt_lr"], momentum=h["dpl_momentum"], weight_decay=h["prompt_weight_decay"]
-        )
+        lr, momentum, decay = (self.hparams[name] for name in ("prompt_lr", "dpl_momentum", "prompt_weight_decay"))
+        return torch.optim.SGD(self.mlp.parameters(), lr, momentum=momentum, weight_decay=decay)

@@ -14,8 +14,7 @@ SEQUENCES = 1024
 def encode_prompts(tower: TextTower, sentences: Sentences, prompts: Tensor) -> Tensor:
     """Return unit-norm text features (B, C, E) of B prompts of n vectors (B, n, W), each in all C sentences.
 
-    The B C sequences are encoded in parts. To save memory, training computes the activations of a part again in the
-    backward pass.
+    To save memory, they are encoded in parts, whose activations the backward pass computes again.
     """
 
     def encode(part: Tensor) -> Tensor:

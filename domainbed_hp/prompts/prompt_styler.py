@@ -1,7 +1,4 @@
-"""PromptStyler (Cho et al., "PromptStyler: Prompt-driven Style Generation for Source-free Domain Generalization").
-
-ICCV 2023.
-"""
+"""Cho et al., "PromptStyler: Prompt-driven Style Generation for Source-free Domain Generalization", ICCV 2023."""
 
 import math
 from collections.abc import Sequence

@@ -26,9 +26,8 @@ def to_html(
     comparisons: Sequence[Comparison] = (),
 ) -> str:
     """Return the page: tables to sort and filter, figures, missing jobs, failed jobs, configuration and versions."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("domainbed_hp", "reports"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+    loader = jinja2.PackageLoader("domainbed_hp", "reports")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     optional = {"comparison": comparisons, "published": report.published, "figures": figures}
     return environment.get_template("page.html").render(
         title=title,

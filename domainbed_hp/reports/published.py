@@ -42,10 +42,8 @@ class PublishedTable:
         return ["Published", *self.columns, "source", "weights", "target", "selection"]
 
     def format_lines(self) -> list[list[str]]:
-        return [
-            [row.method, *cells, row.source, row.weights, row.target, row.selection]
-            for row, cells in zip(self.rows, self.cells, strict=True)
-        ]
+        pairs = zip(self.rows, self.cells, strict=True)
+        return [[r.method, *cells, r.source, r.weights, r.target, r.selection] for r, cells in pairs]
 
     def list_notes(self) -> list[str]:
         """Return the names of the sources by their letters, the remarks on rows, and a warning."""

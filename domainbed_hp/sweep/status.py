@@ -54,7 +54,6 @@ class SweepStatus:
         return None if self.jobs_per_hour is None else 3600 * left / self.jobs_per_hour
 
     def select_jobs(self, *states: State) -> list[Job]:
-        """Return the jobs that are in one of `states`."""
         return [job for job, state in zip(self.jobs, self.states, strict=True) if state in states]
 
     def list_jobs(self, *states: State) -> list[str]:

@@ -38,7 +38,7 @@ MAX_RATIO = 4
 
 
 class DamagedFeatures(OSError):
-    """Files of features that differ from those that were written."""
+    """Files of features that have other digests than were written, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ class FeatureCache:
 def load_features(run: RunSetup, algorithm: Algorithm, batch_size: int, threads: ThreadPool) -> list[ImageViews] | None:
     """Return the environments of a run as features, from the cache or computed by `algorithm` (see `FeatureCache`).
 
-    None if the features change in training, if nothing identifies the images, if the cache cannot be written, and with
-    `--features encode`.
+    None if the features change in training, the images have no fingerprint, or the cache is off or not writable.
     """
     # A class with its own `encode` may depend on facts that are not in the key.
     if not isinstance(algorithm, ClipAlgorithm) or type(algorithm).encode is not ClipAlgorithm.encode:

@@ -99,9 +99,8 @@ class TrainingLoop:
         environments = features or run.dataset.environments
         if run.preprocess.augmentation == "none":
             self.run = run.with_environments(environments)
-        self.eval_loaders = make_eval_loaders(
-            environments, run.scored_splits, batch_size, threads, max_images=limit, pin=run.on_gpu
-        )
+        images = environments, run.scored_splits
+        self.eval_loaders = make_eval_loaders(*images, batch_size, threads, max_images=limit, pin=run.on_gpu)
         count = min(DIAGNOSED_IMAGES, limit or DIAGNOSED_IMAGES)
         loaders = [EvalLoader(environments[i], run.splits[i]["out"][:count], count) for i in run.train_envs]
         self.diagnosed = [loader[0].to(run.device, run.preprocess) for loader in loaders if len(loader)]
@@ -144,7 +143,7 @@ class TrainingLoop:
             yield step, minibatches, x
 
     def update(self, step: int, minibatches: list[Minibatch], unlabeled: list[Tensor] | None) -> Metrics:
-        """Do one update of the algorithm and return what it logs."""
+        """Do one update of the algorithm and return its metrics."""
         try:
             with self.cast, self.perturb(minibatches):
                 return self.algorithm.update(minibatches, unlabeled)

@@ -385,7 +385,7 @@ def test_parameters_on_vit_b16(
         model = open_clip.create_model("ViT-B-16-quickgelu", load_weights=False, device="meta")
     model.logit_scale = torch.nn.Parameter(torch.zeros(()))
     monkeypatch.setattr(clip, "create_model", lambda source: model)
-    monkeypatch.setattr(clip.Clip, "text_features", lambda self, prompts: torch.zeros(len(prompts), 512))
+    monkeypatch.setattr(clip.Clip, "encode_prompts", lambda self, prompts: torch.zeros(len(prompts), 512))
     a = make(name, clip_model="ViT-B-16-quickgelu", clip_pretrained="random", **hparams)
     of_text = sum(p.numel() for p in a.text.parameters() if p.requires_grad)
     total = sum(p.numel() for p in a.parameters() if p.requires_grad)

@@ -39,10 +39,10 @@ class CheckResult:
         # Duplicates do not count: they are part of the published benchmark, its splits and its results.
         return self.build is not None and not self.problems and not self.undecodable
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **vars(self)}
 
-    def as_text(self) -> str:
+    def to_text(self) -> str:
         """Return a table of images per class and environment, and a line for everything that is wrong."""
         classes = sorted(set().union(*self.counts.values()))
         rows: list[list[Any]] = [[name, *(per.get(name, 0) for per in self.counts.values())] for name in classes]

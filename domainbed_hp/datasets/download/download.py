@@ -71,7 +71,7 @@ def download(
 
 
 def remove_downloads(downloads: Path, by_hand: Collection[Path]) -> None:
-    """Remove the downloaded archives, but not those that the user passed from there."""
+    """Remove the downloaded archives, except those that the user passed by hand."""
     protected = [path.resolve() for path in by_hand]
     for path in downloads.rglob("*"):
         if not path.is_dir() and path.resolve() not in protected:

@@ -173,7 +173,6 @@ def get_stamp_path(partial: Path) -> Path:
 
 
 def download_from_drive(source: str, partial: Path) -> None:
-    """Download a file from Google Drive to `partial`."""
     if partial.exists():
         return  # whole: only then gdown gives it this name
 

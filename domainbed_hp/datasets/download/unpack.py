@@ -120,7 +120,6 @@ def check_name(name: str) -> str:
 
 
 def read_zip(archive: Path, into: Path, _limit: int) -> Generator[Member, None, None]:
-    """Yield the members of a zip."""
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             file_type = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was not made on Unix

@@ -1,7 +1,6 @@
 """Minibatches to train on and batches to score, as uint8: pure functions of a seed and an index.
 
-A run therefore resumes at step t without any loader state, and neither the number of threads nor evaluation changes
-the minibatches.
+A run therefore resumes at any step without loader state. Neither threads nor evaluation change the minibatches.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ class PreparedViews:
             # Mapped only where there is no pread: touched pages count as memory of the run, and grow with the data.
             self.mapped = None if hasattr(os, "pread") else np.memmap(path, np.uint8, "r")
         except OSError as error:
-            raise self._damaged(str(error.strerror)) from error
+            raise self._make_error(str(error.strerror)) from error
         if (size := os.fstat(self.file.fileno()).st_size) != end:
-            raise self._damaged(f"it has {size} bytes, expected {end}")
+            raise self._make_error(f"it has {size} bytes, expected {end}")
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -69,10 +69,10 @@ class PreparedViews:
             return self.mapped[offset : offset + size].tobytes()
         data = os.pread(self.file.fileno(), size, offset)
         if len(data) < size:
-            raise self._damaged(f"it ends at byte {offset + len(data)}, expected {size} from {offset}")
+            raise self._make_error(f"it ends at byte {offset + len(data)}, expected {size} from {offset}")
         return data
 
-    def _damaged(self, problem: str) -> UsageError:
+    def _make_error(self, problem: str) -> UsageError:
         return UsageError(f"{self.path} does not fit its index: {problem}. Copy it again, or run: {self.command}")
 
 
