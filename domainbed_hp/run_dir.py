@@ -44,7 +44,7 @@ LEASE_S = 60.0
 POLL_S = 0.2
 """Seconds between two looks at a lease that is watched."""
 RUNNING_S = 600.0
-"""Largest age of the lease's file in seconds of a running run on another host; clocks differ by less."""
+"""Largest age in seconds of the lease's file of a running run; clocks of hosts differ by less."""
 EXIT_TAKEN = 75
 """Exit code of `train` if the run is done or another process works on it: BSD's EX_TEMPFAIL."""
 

@@ -106,7 +106,7 @@ class Slot:
 def choose_jobs(commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, bool]]:
     """Yield the index of every job, and whether to start it: False for a job that is done or running at that moment.
 
-    Jobs that seem to run on another host come last. They are watched for a minute at most, and started if it died.
+    Jobs that seem to run on another host come last: they are watched for a minute, and started if the host died.
     """
     remote: dict[Path, int] = {}
     for index, command in enumerate(commands):

@@ -28,7 +28,7 @@ DEFAULT_MINUTES = 240
 MIN_MINUTES = 5
 """Smallest --slurm time: jobs stop 90 s before the end."""
 MAX_TIMEOUTS = 1000
-"""Number of times that a job may run out of time, after which it resumes."""
+"""Largest number of times that a job may run out of time; it resumes every time."""
 MAX_ARRAY_SIZE = 1000
 """Largest number of jobs in an array; Slurm's default limit is 1001."""
 IDS_FILE = "jobs.txt"
