@@ -91,7 +91,7 @@ def choice(*values: Any) -> Callable[[np.random.RandomState], Any]:
 
 TRAINING_HPARAMS = {
     "average": HParam("none", plugins=WEIGHT_AVERAGES, help="average of the weights over training: none, or a name"),
-    "sharpness": HParam("none", plugins=SHARPNESS, help="sharpness-aware step: none, or a name"),
+    "sharpness": HParam("none", plugins=SHARPNESS, help="sharpness-aware training step: none, or a name"),
 }
 """Hparams of every algorithm, which the training loop reads."""
 

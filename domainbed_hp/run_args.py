@@ -65,7 +65,7 @@ class RunArgs:
     )
     task: str = flag(
         "domain_generalization",
-        "domain_adaptation shows the algorithm unlabeled images of the test environments; see --uda_holdout_fraction",
+        "domain_adaptation: the algorithm also sees unlabeled images of the test environments (--uda_holdout_fraction)",
         role="protocol",
         choices=("domain_generalization", "domain_adaptation"),
     )
@@ -73,20 +73,20 @@ class RunArgs:
         None, f"hyperparameters to set, a JSON object such as {EXAMPLE}", metavar="JSON", per_job=True
     )
     hparams_seed: int = flag(0, "0: default hyperparameters; n > 0: the n-th random draw", per_job=True)
-    trial_seed: int = flag(0, "seed of the split into training and validation images, and of the draw", per_job=True)
+    trial_seed: int = flag(0, "seed of the split into training and validation images and of random draws", per_job=True)
     seed: int = flag(0, "seed of the initial weights and of the minibatches", per_job=True)
-    steps: int | None = flag(None, "number of updates (default: the data set's)", role="protocol", at_least=1)
+    steps: int | None = flag(None, "number of training steps (default: the data set's)", role="protocol", at_least=1)
     test_envs: tuple[int, ...] = flag(
-        (0,), "indices of the environments that are left out of training and tested on", metavar="ENV", per_job=True
+        (0,), "indices of the environments that are held out of training, for testing", metavar="ENV", per_job=True
     )
     uda_holdout_fraction: float = flag(
         0.0,
-        "fraction of the test environments' remaining images that domain_adaptation sees, without labels",
+        "domain_adaptation: fraction of each test environment's split `in` that the algorithm sees, without labels",
         role="protocol",
     )
     imports: tuple[str, ...] = flag(
         (),
-        "Python modules of your own, with algorithms, text sides, data sets, ... to register",
+        "names of your own Python modules, which define algorithms, text sides, data sets, ...",
         metavar="MODULE",
         name="import",
     )
@@ -98,28 +98,28 @@ class RunArgs:
     )
     eval_images: int | None = flag(
         None,
-        "number of images of each split to evaluate on, at most (default: all)",
+        "largest number of images of each split to evaluate on (default: all)",
         role="protocol",
         group=EVALUATION,
         at_least=1,
     )
     eval: str = flag(
         "full",
-        "full: evaluate all images; fast: all but those that the run trains on, which model selection does not need",
+        "full: evaluate all images; fast: leave out those that the run trains on, which no selection rule needs",
         group=EVALUATION,
         choices=("full", "fast"),
     )
     skip_model_save: bool = flag(False, "write no model file", group=OUTPUT)
-    save_model_every_checkpoint: bool = flag(False, "write a model file at every evaluation, too", group=OUTPUT)
+    save_model_every_checkpoint: bool = flag(False, "also write a model file at every evaluation", group=OUTPUT)
     save: str = flag(
         "trained",
-        "a model file holds the weights that training changed (trained), or all weights (full)",
+        "weights in a model file: trained: those that training changed; full: all",
         group=OUTPUT,
         choices=("trained", "full"),
     )
     keep: str = flag(
         "last",
-        "last: write the model of the last step; best: also the one with the best accuracy on validation images",
+        "last: write the model of the last step; best: also the one with the highest validation accuracy",
         group=OUTPUT,
         choices=("last", "best"),
     )
@@ -138,8 +138,8 @@ class RunArgs:
     )
     compile: str = flag(
         "auto",
-        "auto: on a GPU, run steps as CUDA graphs, and compile the model in long runs; on: compile it in any case; "
-        "off: neither",
+        "auto: on a GPU, run steps as CUDA graphs, and compile the model in long runs; on: always compile the model; "
+        "off: do neither",
         role="where",
         group=SPEED,
         choices=("auto", "on", "off"),
@@ -149,8 +149,8 @@ class RunArgs:
     )
     features: str = flag(
         "cached",
-        "image features of a model whose image encoder does not train: cached: compute them once and store them; "
-        "encode: compute them in every step",
+        "features of an image encoder that does not train: cached: compute them once and store them; encode: compute "
+        "them in every step",
         role="where",
         group=SPEED,
         choices=("cached", "encode"),

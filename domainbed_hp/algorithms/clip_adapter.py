@@ -1,6 +1,7 @@
 """CLIP-Adapter (Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", IJCV 2024)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ class CLIPAdapter(ClipAlgorithm):
     HPARAMS = {
         **CLIP_HPARAMS,
         **ADAMW_HPARAMS,
-        "adapter_ratio": HParam(0.2, lambda r: r.uniform(0.1, 0.9), "share of the MLP in the feature", at_least=0),
-        "adapter_reduction": HParam(4, help="E over the width of the hidden layer", at_least=1),
-        "lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate: AdamW, cosine to 0", at_least=0),
-        "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
+        "adapter_ratio": HParam(0.2, lambda r: r.uniform(0.1, 0.9), "share of the MLP's output", at_least=0),
+        "adapter_reduction": HParam(4, help="feature size E divided by the width of the hidden layer", at_least=1),
+        "lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate of AdamW, cosine to 0", at_least=0),
+        "augmentation": replace(CLIP_HPARAMS["augmentation"], default="none"),
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -22,20 +22,20 @@ from domainbed_hp.prompts.base import load_text_side_class, make_text_side
 from domainbed_hp.registry import PROMPTS, UsageError, refuse_renamed_methods
 
 CLIP_HPARAMS = {
-    "clip_model": HParam("ViT-B-16-quickgelu", help="open_clip's name of the model, or mini"),
-    "clip_pretrained": HParam("openai", help="weights: a tag, a checkpoint file, local-dir:FOLDER, or random"),
-    "prompt": HParam("template", plugins=PROMPTS, help="text side"),
-    "augmentation": HParam("crop_flip", choices=("crop_flip", "domainbed", "none"), help="of training images"),
+    "clip_model": HParam("ViT-B-16-quickgelu", help="model name of open_clip, or mini, the embedded CLIP"),
+    "clip_pretrained": HParam("openai", help="weights: open_clip tag, checkpoint file, local-dir:FOLDER, or random"),
+    "prompt": HParam("template", plugins=PROMPTS, help="text side: turns class names into a classifier"),
+    "augmentation": HParam("crop_flip", choices=("crop_flip", "domainbed", "none"), help="augmentation in training"),
     "input_norm": HParam(
-        "none", choices=("none", "imagenet"), help="imagenet: x arrives normalised, as in a DomainBed checkout"
+        "none", choices=("none", "imagenet"), help="normalisation that the input has; imagenet: as in DomainBed"
     ),
     "batch_size": HParam(12, choice(8, 12, 16, 24), "images per environment", at_least=1),
     "accumulate": HParam(
-        1, help="compute a step in so many parts of its batch, to save memory; each part has its own MMD", at_least=1
+        1, help="number of parts that a step's batch is split into, to save memory; the MMD is per part", at_least=1
     ),
 }
 ADAMW_HPARAMS = {
-    "lr": HParam(5e-4, log_uniform(10, -4.5, -2.5), "learning rate of AdamW; cosine to 0", at_least=0),
+    "lr": HParam(5e-4, log_uniform(10, -4.5, -2.5), "learning rate of AdamW, cosine to 0", at_least=0),
     "weight_decay": HParam(0.01, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
 }
 

@@ -1,11 +1,11 @@
 """CLIP-LoRA (Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR Workshops 2024)."""
 
+from dataclasses import replace
 from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.heads import check_targets
-from domainbed_hp.registry import PROMPTS
 
 
 class CLIPLoRA(ClipAlgorithm):
@@ -18,12 +18,12 @@ class CLIPLoRA(ClipAlgorithm):
     # DEVIATION: the cosine schedule ends at 0, the release's at 1e-6.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "prompt": HParam("text_lora", plugins=PROMPTS, help="text side"),
-        "clip_lora_rank": HParam(2, choice(2, 4, 8), "rank r", at_least=1),
-        "clip_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
-        "clip_lora_dropout": HParam(0.25, help="dropout on the input of A", at_least=0, below=1),
-        "clip_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
-        "lr": HParam(2e-4, log_uniform(10, -5, -3), "learning rate: AdamW, cosine to 0", at_least=0),
+        "prompt": replace(CLIP_HPARAMS["prompt"], default="text_lora"),
+        "clip_lora_rank": HParam(2, choice(2, 4, 8), "rank r of the adapters", at_least=1),
+        "clip_lora_alpha": HParam(1.0, help="alpha: adapters are scaled by alpha / sqrt(r)", at_least=0),
+        "clip_lora_dropout": HParam(0.25, help="dropout probability on the input of A", at_least=0, below=1),
+        "clip_lora_targets": HParam("qkv", help="projections with adapters: any of the letters q, k, v, o"),
+        "lr": HParam(2e-4, log_uniform(10, -5, -3), "learning rate of AdamW, cosine to 0", at_least=0),
         "weight_decay": HParam(0.01, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
     }
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.algorithms.clip_algorithm import backpropagate, count_images
 from domainbed_hp.algorithms.fine_tune_clip import FineTuneCLIP
-from domainbed_hp.hparams_registry import HParam, log_uniform
+from domainbed_hp.hparams_registry import TRAINING_HPARAMS, HParam, log_uniform
 from domainbed_hp.prompts.base import compute_similarity, load_text_side_class, unit
-from domainbed_hp.registry import WEIGHT_AVERAGES, UsageError
+from domainbed_hp.registry import UsageError
 
 
 class CLIPood(FineTuneCLIP):
@@ -28,10 +28,8 @@ class CLIPood(FineTuneCLIP):
             FineTuneCLIP.HPARAMS["lr"],
             by_dataset=dict.fromkeys(("OfficeHome", "DomainNet"), HParam(1e-5, log_uniform(10, -6, -4))),
         ),
-        "margin": HParam(0.3, lambda r: r.uniform(0.1, 0.5), "lambda, factor of the texts' cosines", at_least=0),
-        "average": HParam(
-            "beta", plugins=WEIGHT_AVERAGES, help="average of the weights over training: none, or a name"
-        ),
+        "margin": HParam(0.3, lambda r: r.uniform(0.1, 0.5), "lambda: weight of the texts' cosines", at_least=0),
+        "average": replace(TRAINING_HPARAMS["average"], default="beta"),
     }
 
     @classmethod

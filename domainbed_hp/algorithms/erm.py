@@ -30,14 +30,14 @@ class ERM(Algorithm):
     # ResNet-50 of the published tables, IMAGENET1K_V1; DomainBed has other weights since.
     CAPTURABLE = True
     HPARAMS = {
-        "backbone": HParam("resnet50", choices=BACKBONES, help="featurizer", by_dataset=on_small_images("small")),
-        "backbone_weights": HParam("imagenet", help="weights of a ResNet: imagenet, random, or a file"),
-        "clip_model": HParam("ViT-B-16-quickgelu", help="open_clip's name of the tower, for backbone=clip"),
-        "clip_pretrained": HParam("openai", help="open_clip's name of its weights, or a file"),
+        "backbone": HParam("resnet50", choices=BACKBONES, help="image encoder", by_dataset=on_small_images("small")),
+        "backbone_weights": HParam("imagenet", help="weights of a ResNet: imagenet, random, or the path of a file"),
+        "clip_model": HParam("ViT-B-16-quickgelu", help="backbone=clip: model name of open_clip"),
+        "clip_pretrained": HParam("openai", help="backbone=clip: open_clip tag, file, local-dir:FOLDER, or random"),
         "input_norm": HParam(
-            "none", choices=("none", "imagenet"), help="imagenet: x arrives normalised, as in a DomainBed checkout"
+            "none", choices=("none", "imagenet"), help="normalisation that the input has; imagenet: as in DomainBed"
         ),
-        "data_augmentation": HParam(True, help="augment training images as DomainBed"),
+        "data_augmentation": HParam(True, help="augment training images as DomainBed does"),
         "resnet_dropout": HParam(0.0, choice(0.0, 0.1, 0.5), at_least=0, help="dropout on a ResNet's features"),
         "freeze_bn": HParam(False, help="freeze the statistics of a ResNet's batch norms"),
         "nonlinear_classifier": HParam(False, help="classifier of three layers instead of one"),

@@ -18,7 +18,7 @@ class FineTuneCLIP(ClipAlgorithm):
 
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "lr": HParam(5e-6, log_uniform(10, -6, -4), "learning rate: AdamW, cosine to 0", at_least=0),
+        "lr": HParam(5e-6, log_uniform(10, -6, -4), "learning rate of AdamW, cosine to 0", at_least=0),
         "weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), "weight decay of AdamW", at_least=0),
     }
 

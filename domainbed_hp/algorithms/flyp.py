@@ -1,5 +1,6 @@
 """FLYP (Goyal et al., "Finetune like you pretrain: Improved finetuning of zero-shot vision models", CVPR 2023)."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor
 from domainbed_hp.algorithms.base import Minibatch
 from domainbed_hp.algorithms.clip_algorithm import backpropagate, count_images
 from domainbed_hp.algorithms.fine_tune_clip import FineTuneCLIP
-from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.prompts.base import compute_similarity, load_text_side_class, unit
-from domainbed_hp.registry import PROMPTS, UsageError
+from domainbed_hp.registry import UsageError
 
 
 class FLYP(FineTuneCLIP):
@@ -25,8 +25,8 @@ class FLYP(FineTuneCLIP):
     # DEVIATION: T is CLIP's, where FLYP trains it. FLYP's batches have 256 or 512 images.
     CAPTURABLE = True
     HPARAMS = FineTuneCLIP.HPARAMS | {
-        "prompt": HParam("text_tower", plugins=PROMPTS, help="text side"),
-        "lr": HParam(1e-5, log_uniform(10, -6, -4), "learning rate of the image tower: AdamW, cosine to 0", at_least=0),
+        "prompt": replace(FineTuneCLIP.HPARAMS["prompt"], default="text_tower"),
+        "lr": replace(FineTuneCLIP.HPARAMS["lr"], default=1e-5, help="learning rate of AdamW on the image tower"),
     }
 
     @classmethod

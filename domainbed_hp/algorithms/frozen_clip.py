@@ -1,11 +1,11 @@
 """A frozen image tower under a text side that trains: prompt learning, or a linear probe."""
 
+from dataclasses import replace
 from typing import Any
 
 from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm
-from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.prompts.base import load_text_side_class
-from domainbed_hp.registry import PROMPTS, UsageError
+from domainbed_hp.registry import UsageError
 
 
 class FrozenCLIP(ClipAlgorithm):
@@ -14,8 +14,8 @@ class FrozenCLIP(ClipAlgorithm):
     # DEVIATION: CoOp and its successors crop and flip, as augmentation=crop_flip does; every batch is then encoded.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "prompt": HParam("coop", plugins=PROMPTS, help="text side"),
-        "augmentation": HParam("none", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
+        "prompt": replace(CLIP_HPARAMS["prompt"], default="coop"),
+        "augmentation": replace(CLIP_HPARAMS["augmentation"], default="none"),
     }
     IMAGE_SIDE_TRAINS = False
 

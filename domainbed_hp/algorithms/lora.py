@@ -10,7 +10,7 @@ from domainbed_hp.registry import UsageError
 LORA_HPARAMS = {
     "lora_rank": HParam(2, help="rank r in all layers but the last two; 0: no adapters", at_least=0),
     "lora_rank_last": HParam(8, help="rank r in the last two layers", at_least=0),
-    "lora_targets": HParam("qv", help="any of the projections q, k, v, o"),
+    "lora_targets": HParam("qv", help="projections with adapters: any of the letters q, k, v, o"),
 }
 
 

@@ -3,6 +3,7 @@
 Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, 
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import load_text_side_class
-from domainbed_hp.registry import PROMPTS, UsageError
+from domainbed_hp.registry import UsageError
 
 
 class LPFT(ClipAlgorithm):
@@ -25,7 +26,7 @@ class LPFT(ClipAlgorithm):
     HPARAMS = {
         **CLIP_HPARAMS,
         **ADAMW_HPARAMS,
-        "prompt": HParam("random", plugins=PROMPTS, help="text side; random: a linear probe"),
+        "prompt": replace(CLIP_HPARAMS["prompt"], default="random"),
         "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "learning rate of fine-tuning: AdamW, cosine", at_least=0),
         "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0),
     }

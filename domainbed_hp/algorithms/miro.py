@@ -1,6 +1,7 @@
 """MIRO: Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, 
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.preprocess import Normalise, Preprocess
 from domainbed_hp.networks.vit import Trace
-from domainbed_hp.registry import PROMPTS, UsageError
+from domainbed_hp.registry import UsageError
 
 VARIANCE, EPSILON = 0.1, 1e-5
 """Variance at the start, and the least variance."""
@@ -27,18 +28,18 @@ class MIRO(ClipAlgorithm):
     """
 
     # DEVIATION: the first feature is the input of the first layer, where the release has conv1's output. The schedule
-    # is a cosine, where MIRO's learning rate is constant. The linear head has a learning rate of its own, prompt_lr,
+    # is a cosine, where MIRO's learning rate is constant. The linear classifier has its own learning rate, prompt_lr,
     # where MIRO's has lr. Preprocessing is CLIP's, where the release squashes and normalises as for ImageNet.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "prompt": HParam("random", plugins=PROMPTS, help="text side; random: a linear head, as in MIRO"),
-        "augmentation": HParam("domainbed", choices=CLIP_HPARAMS["augmentation"].choices, help="of training images"),
+        "prompt": replace(CLIP_HPARAMS["prompt"], default="random"),
+        "augmentation": replace(CLIP_HPARAMS["augmentation"], default="domainbed"),
         "batch_size": HParam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "images per environment", at_least=1),
-        "lr": HParam(5e-5, log_uniform(10, -5.5, -4), "learning rate: AdamW, cosine to 0", at_least=0),
+        "lr": HParam(5e-5, log_uniform(10, -5.5, -4), "learning rate of AdamW, cosine to 0", at_least=0),
         "weight_decay": HParam(0.0, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
-        "miro_weight": HParam(1.0, log_uniform(10, -2, 0), "lambda, weight of the penalty", at_least=0),
-        "miro_var_lr_factor": HParam(10.0, help="learning rate of the variances over lr", at_least=0),
-        "miro_released_pixels": HParam(False, help="squash to size and normalise as for ImageNet, as the release"),
+        "miro_weight": HParam(1.0, log_uniform(10, -2, 0), "lambda: weight of the penalty", at_least=0),
+        "miro_var_lr_factor": HParam(10.0, help="learning rate of the variances, as a multiple of lr", at_least=0),
+        "miro_released_pixels": HParam(False, help="squash images, normalise as for ImageNet, as the release does"),
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

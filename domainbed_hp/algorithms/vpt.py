@@ -21,9 +21,11 @@ class VPT(ClipAlgorithm):
     # DEVIATION: the tokens pass ln_pre and start as N(0, 0.02), as in MaPLe's code; VPT's own start is uniform.
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
-        "vpt_depth": HParam("deep", choices=("deep", "shallow"), help="tokens in every layer, or the first alone"),
-        "vpt_tokens": HParam(8, choice(4, 8, 16), "n, tokens in a layer", at_least=1),
-        "lr": HParam(2.5e-3, log_uniform(10, -3.5, -1), "learning rate: SGD, momentum 0.9, cosine to 0", at_least=0),
+        "vpt_depth": HParam(
+            "deep", choices=("deep", "shallow"), help="learned tokens in every layer, or in the first layer only"
+        ),
+        "vpt_tokens": HParam(8, choice(4, 8, 16), "n: number of learned tokens per layer", at_least=1),
+        "lr": HParam(2.5e-3, log_uniform(10, -3.5, -1), "learning rate of SGD, momentum 0.9, cosine to 0", at_least=0),
         "weight_decay": HParam(5e-4, log_uniform(10, -6, -2), "weight decay of SGD", at_least=0),
     }
 

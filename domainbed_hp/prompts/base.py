@@ -20,7 +20,7 @@ RENAMED_METHODS = {
     "transductive": "the class method is_transductive(hparams)",
 }
 """Methods that an earlier version called -> their replacement."""
-TEMPLATE_HPARAMS = {"template": HParam(TEMPLATE, help="prompt of a class; {} is its name")}
+TEMPLATE_HPARAMS = {"template": HParam(TEMPLATE, help="prompt of a class; {} stands for its name")}
 
 
 def make_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:

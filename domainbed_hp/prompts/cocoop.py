@@ -26,7 +26,7 @@ class CoCoOp(TextSide):
     # DEVIATION: no epoch of constant learning rate before the cosine; batches are those of the image side, where
     # CoCoOp's hold one image to save memory.
     HPARAMS = PROMPT_HPARAMS | {
-        "prompt_init": HParam("a photo of a", help="words that the vectors start as, one vector a token")
+        "prompt_init": HParam("a photo of a", help="initial words of the learned vectors, one vector per token")
     }
     PER_IMAGE = True
 

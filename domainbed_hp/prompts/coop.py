@@ -12,7 +12,7 @@ from domainbed_hp.networks.text import Sentences
 from domainbed_hp.prompts.base import TextSide, make_prompts, make_sgd, unit
 
 PROMPT_HPARAMS = {
-    "prompt_lr": HParam(2e-3, log_uniform(10, -4, -2), "learning rate: SGD, momentum 0.9, cosine to 0", at_least=0),
+    "prompt_lr": HParam(2e-3, log_uniform(10, -4, -2), "learning rate of SGD, momentum 0.9, cosine to 0", at_least=0),
     "prompt_weight_decay": HParam(5e-4, log_uniform(10, -6, -2), "weight decay of the text side", at_least=0),
 }
 
@@ -26,7 +26,7 @@ class CoOp(TextSide):
     # DEVIATION: no epoch of constant learning rate before the cosine.
     CAPTURABLE = True
     HPARAMS = PROMPT_HPARAMS | {
-        "prompt_tokens": HParam(16, choice(4, 8, 16), "M, vectors before the class name", at_least=1)
+        "prompt_tokens": HParam(16, choice(4, 8, 16), "M: number of learned vectors before the class name", at_least=1)
     }
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:

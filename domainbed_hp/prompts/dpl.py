@@ -26,15 +26,15 @@ class DPL(TextSide):
     # first domain's features are ever right (dpl_released_labels=true), and at a constant learning rate. Its MLP reads
     # image features of their own length, ours reads features of the one length dpl_scale.
     HPARAMS = {
-        "prompt_tokens": HParam(16, choice(2, 4, 8, 16), "M, vectors before the class name", at_least=1),
-        "prompt_lr": HParam(1e-3, log_uniform(10, -4.5, -2.5), "learning rate: SGD, cosine to 0", at_least=0),
+        "prompt_tokens": HParam(16, choice(2, 4, 8, 16), "M: number of vectors before the class name", at_least=1),
+        "prompt_lr": HParam(1e-3, log_uniform(10, -4.5, -2.5), "learning rate of SGD, cosine to 0", at_least=0),
         "prompt_weight_decay": HParam(0.0, help="weight decay of the MLP", at_least=0),
-        "dpl_momentum": HParam(0.1, choice(0.0, 0.1, 0.2), "momentum of its SGD", at_least=0),
+        "dpl_momentum": HParam(0.1, choice(0.0, 0.1, 0.2), "momentum of SGD", at_least=0),
         "dpl_width": HParam(512, choice(256, 512), "hidden width of the MLP", at_least=1),
-        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "dropout in its two hidden layers", at_least=0, below=1),
-        "dpl_scale": HParam(10.0, help="length of the MLP's input; CLIP's image features have about 10", at_least=0),
-        "dpl_transductive": HParam(False, help="in evaluation use one prompt, the mean over the batch, as the release"),
-        "dpl_released_labels": HParam(False, help="train with K C text features and labels 0 to C - 1, as the release"),
+        "dpl_dropout": HParam(0.1, choice(0.0, 0.1), "dropout probability in the MLP", at_least=0, below=1),
+        "dpl_scale": HParam(10.0, help="norm of the MLP's input; CLIP's image features have about 10", at_least=0),
+        "dpl_transductive": HParam(False, help="evaluate with a prompt per batch, its images' mean, as the release"),
+        "dpl_released_labels": HParam(False, help="train on all domains' prompts, labels 0 to C - 1, as the release"),
     }
     PER_IMAGE = True
 

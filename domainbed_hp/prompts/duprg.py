@@ -43,11 +43,11 @@ class DUPRG(TextOnly):
     # DEVIATION: it scores the test images after every epoch and reports the best, an oracle. Ours is the last epoch.
     # With duprg_per_step, records show other epochs, under the cosine schedule of every text side.
     HPARAMS = {
-        "duprg_lr": HParam(0.04, log_uniform(10, -3, -1), "learning rate of AdamW, constant", at_least=0),
+        "duprg_lr": HParam(0.04, log_uniform(10, -3, -1), "constant learning rate of AdamW", at_least=0),
         "duprg_weight_decay": HParam(1e-4, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
-        "duprg_epochs": HParam(2000, help="epochs, one step on all prompts each", at_least=0),
-        "duprg_intra": HParam(0.5, log_uniform(10, -1.5, 0.5), "a, pulls the domains of a class together", at_least=0),
-        "duprg_inter": HParam(0.05, log_uniform(10, -2, 0), "b, pushes classes apart", at_least=0),
+        "duprg_epochs": HParam(2000, help="number of epochs; an epoch is one step on all prompts", at_least=0),
+        "duprg_intra": HParam(0.5, log_uniform(10, -1.5, 0.5), "weight a: unites the domains of a class", at_least=0),
+        "duprg_inter": HParam(0.05, log_uniform(10, -2, 0), "weight b: pushes classes apart", at_least=0),
         "duprg_per_step": HParam(False, help="train one epoch at each training step, not all before the first step"),
     }
 

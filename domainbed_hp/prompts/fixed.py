@@ -35,7 +35,7 @@ class Ensemble(Template):
 
     CAPTURABLE = True
     HPARAMS = {
-        "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates, or its 7")
+        "ensemble": HParam("imagenet80", choices=("imagenet80", "imagenet7"), help="OpenAI's 80 templates or 7 of them")
     }
 
     def compute_features(self, clip: Clip) -> Tensor:

@@ -11,7 +11,7 @@ from domainbed_hp.networks.clip import Clip
 from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_adamw, make_prompts
 
 LINEAR_HPARAMS = {
-    "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate: AdamW, cosine to 0", at_least=0),
+    "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate of AdamW, cosine to 0", at_least=0),
     "prompt_weight_decay": HParam(0.0, log_uniform(10, -6, -2), "weight decay of the classifier", at_least=0),
 }
 

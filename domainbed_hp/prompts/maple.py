@@ -30,10 +30,10 @@ class MaPLe(TextSide):
     CAPTURABLE = True
     HPARAMS = PROMPT_HPARAMS | {
         "prompt_lr": HParam(
-            3.5e-3, log_uniform(10, -4, -2), "learning rate: SGD, momentum 0.9, cosine to 0", at_least=0
+            3.5e-3, log_uniform(10, -4, -2), "learning rate of SGD, momentum 0.9, cosine to 0", at_least=0
         ),
-        "prompt_tokens": HParam(2, choice(2, 4), "M, prompts a layer", at_least=1),
-        "prompt_depth": HParam(9, help="J, layers with prompts; at most the layers of the smaller tower", at_least=1),
+        "prompt_tokens": HParam(2, choice(2, 4), "M: number of learned vectors per layer", at_least=1),
+        "prompt_depth": HParam(9, help="J: layers with learned vectors, at most those of a tower", at_least=1),
     }
     CHANGES_TOWER = True
 

@@ -28,18 +28,18 @@ class PromptStyler(TextOnly):
 
     CAPTURABLE = True
     HPARAMS = {
-        "styler_styles": HParam(80, help="K, number of styles", at_least=1),
-        "styler_steps": HParam(100, help="training steps of a style", at_least=0),
-        "styler_lr": HParam(2e-3, log_uniform(10, -4, -2), "SGD of the styles, momentum 0.9, constant", at_least=0),
-        "styler_epochs": HParam(50, help="epochs of the classifier, in batches of 128", at_least=0),
+        "styler_styles": HParam(80, help="K: number of styles", at_least=1),
+        "styler_steps": HParam(100, help="training steps per style", at_least=0),
+        "styler_lr": HParam(2e-3, log_uniform(10, -4, -2), "learning rate of the styles: SGD, constant", at_least=0),
+        "styler_epochs": HParam(50, help="training epochs of the classifier, in batches of 128", at_least=0),
         "styler_classifier_lr": HParam(
             5e-3,
             log_uniform(10, -3.5, -1),
             "learning rate of the classifier: SGD, momentum 0.9; the paper does not state it clearly",
             at_least=0,
         ),
-        "styler_scale": HParam(5.0, help="s of ArcFace", at_least=0),
-        "styler_margin": HParam(0.5, help="m of ArcFace, radians", at_least=0),
+        "styler_scale": HParam(5.0, help="scale s of ArcFace", at_least=0),
+        "styler_margin": HParam(0.5, help="margin m of ArcFace, in radians", at_least=0),
     }
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ class TunedTextTower(TextSide):
     # DEVIATION: FLYP (Goyal et al., 2023) trains the token embeddings as well.
     CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS | {
-        "prompt_lr": HParam(1e-5, log_uniform(10, -6, -4), "learning rate: AdamW, cosine to 0", at_least=0),
+        "prompt_lr": HParam(1e-5, log_uniform(10, -6, -4), "learning rate of AdamW, cosine to 0", at_least=0),
         "prompt_weight_decay": HParam(0.1, log_uniform(10, -3, -0.5), "weight decay of the text tower", at_least=0),
     }
 
@@ -55,11 +55,11 @@ class TextLoRA(TunedTextTower):
 
     CAPTURABLE = True
     HPARAMS = TEMPLATE_HPARAMS | {
-        "text_lora_rank": HParam(2, help="rank r in the text tower", at_least=1),
-        "text_lora_alpha": HParam(1.0, help="scaling alpha / sqrt(r)", at_least=0),
-        "text_lora_dropout": HParam(0.25, help="dropout on the input of A", at_least=0, below=1),
-        "text_lora_targets": HParam("qkv", help="any of the projections q, k, v, o"),
-        "prompt_lr": HParam(2e-4, log_uniform(10, -5, -3), "learning rate: AdamW, cosine to 0", at_least=0),
+        "text_lora_rank": HParam(2, help="rank r of the adapters in the text tower", at_least=1),
+        "text_lora_alpha": HParam(1.0, help="alpha: adapters are scaled by alpha / sqrt(r)", at_least=0),
+        "text_lora_dropout": HParam(0.25, help="dropout probability on the input of A", at_least=0, below=1),
+        "text_lora_targets": HParam("qkv", help="projections with adapters: any of the letters q, k, v, o"),
+        "prompt_lr": HParam(2e-4, log_uniform(10, -5, -3), "learning rate of AdamW, cosine to 0", at_least=0),
         "prompt_weight_decay": HParam(0.01, log_uniform(10, -6, -2), "weight decay of the text tower", at_least=0),
     }
 

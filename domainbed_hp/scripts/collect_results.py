@@ -1,7 +1,7 @@
 """Print the results of a sweep: a table per data set and one of averages, under every selection rule.
 
-Without a flag for another format, stdout is what DomainBed's collect_results.py prints, and the same text is written to
---input_dir. Notes on the records (missing jobs, broken lines, runs of different protocols) go to stderr.
+The default format is that of DomainBed's collect_results.py. The text is printed to stdout, and written to a file in
+--input_dir. Missing jobs and notes on the records (broken lines, runs of different protocols) are printed to stderr.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FORMATS: dict[str, tuple[str, Callable[[Report], str], str]] = {
     "latex_fragment": ("results_fragment.tex", latex.to_fragment, "print LaTeX tables for \\input in a document"),
     "markdown": ("results.md", text_formats.to_markdown, "print Markdown"),
     "csv": ("results.csv", text_formats.to_csv, "print one line per cell, not rounded"),
-    "json": ("results.json", text_formats.to_json, "print everything as JSON: cells, missing jobs, notes, versions"),
+    "json": ("results.json", text_formats.to_json, "print JSON: cells, missing jobs, notes, versions"),
 }
 """Flag -> name of the file in --input_dir, function that makes the text, help."""
 PROVENANCE = "provenance.json"
@@ -49,24 +49,24 @@ def make_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--html", type=Path, metavar="FILE", help="write an HTML page with tables, figures and missing jobs to FILE")
     text = (
-        "add columns: params (number of trained parameters), step_time (median), memory (largest, on a GPU), or any "
-        "number of the records by its key, e.g. val_mmd: its mean over the chosen checkpoints of a row"
+        "add columns: params (number of trained parameters), step_time (median), memory (maximum, on a GPU), or the "
+        "key of any number in the records, e.g. val_mmd: its mean over the records that the selection rule picks"
     )
     add("--columns", nargs="+", metavar="NAME", default=[], help=text)
-    add("--with_published", action="store_true", help="add tables of numbers that papers report")
-    text = "print the first row minus the second, paired by trial and environment, instead of the tables"
+    add("--with_published", action="store_true", help="add tables of results that papers report")
+    text = "instead of tables, print the first row minus the second, paired by trial and environment"
     add("--compare", nargs=2, metavar="ROW", help=text)
     add("--missing", type=Path, metavar="FILE", help="write the missing jobs to FILE, for `sweep launch --jobs FILE`")
-    add("--strict", action="store_true", help="fail if a job is missing or there is a note on the records")
+    add("--strict", action="store_true", help="fail if jobs or rows are missing, or if there are notes on the records")
     return p
 
 
 def add_input_flags(p: argparse.ArgumentParser, required: bool = False) -> None:
     """Add the flags of every script that reads a folder of runs: --input_dir and --import."""
     default = None if required else Path("results/quickstart")
-    text = "folder of runs, searched at any depth" + ("" if required else " (default: %(default)s)")
+    text = "folder that holds the runs, at any depth" + ("" if required else " (default: %(default)s)")
     p.add_argument("--input_dir", type=Path, required=required, default=default, metavar="DIR", help=text)
-    text = "modules of your own that define data sets, algorithms or selection rules"
+    text = "names of your own Python modules, which define data sets, algorithms or selection rules"
     p.add_argument("--import", dest="imports", nargs="+", metavar="MODULE", default=[], help=text)
 
 

@@ -1,4 +1,4 @@
-"""Download data sets to where `train` looks for them, or check those that are there."""
+"""Download data sets into the folder where `train` looks for them, or check data sets that are there."""
 
 import argparse
 import json
@@ -14,12 +14,12 @@ from domainbed_hp.scripts import run
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.download", description=__doc__)
     add = parser.add_argument
-    add("--data_dir", type=Path, required=True, help="folder of the data sets: it holds PACS/, VLCS/, ...")
-    add("--datasets", nargs="+", default=[], metavar="NAME", help="e.g. PACS VLCS; with --check also folder:PATH")
-    add("--mirror", default="", metavar="URL", help="folder on a server that has the archives; it is tried first")
+    add("--data_dir", type=Path, required=True, help="folder for the data sets' folders: PACS, VLCS, ...")
+    add("--datasets", nargs="+", default=[], metavar="NAME", help="data sets; with --check also folder:PATH")
+    add("--mirror", default="", metavar="URL", help="URL of a folder that holds the archives; it is tried first")
     add("--archive", type=Path, nargs="+", default=[], metavar="PATH", help="archives that you downloaded by hand")
-    add("--accept_counts", action="store_true", help="accept numbers of images that are not those of a known build")
-    add("--check", action="store_true", help="do not download, but decode and compare all images on disk")
+    add("--accept_counts", action="store_true", help="install even if the numbers of images match no known build")
+    add("--check", action="store_true", help="download nothing; decode and count all images on disk, and list problems")
     add("--json", action="store_true", help="with --check: print the result as JSON")
     return parser
 

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.export", description=__doc__)
     p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a finished run")
     p.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder to write")
-    help = "Python modules of your own, with algorithms"
+    help = "names of your own Python modules, which define algorithms"
     p.add_argument("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help=help)
     args = p.parse_args(argv)
     from domainbed_hp.algorithms.clip_algorithm import ClipAlgorithm

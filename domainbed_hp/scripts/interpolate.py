@@ -1,4 +1,4 @@
-"""Interpolate between the initial and the trained weights of a finished run, as WiSE-FT, and evaluate the results.
+"""Interpolate between the initial and the trained weights of a finished run, as WiSE-FT does, and evaluate each.
 
 The weights are (1 - alpha) * initial + alpha * trained; nothing is trained again. The command prints a table of
 accuracies. With --output_dir it also writes a run for each alpha, with average=wise, that collect_results reads.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a finished run")
     alphas = [i / 10 for i in range(11)]
     p.add_argument("--alphas", type=float, nargs="+", metavar="X", default=alphas, help="default: 0, 0.1, ..., 1")
-    p.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for the runs, not that of a sweep")
+    p.add_argument("--output_dir", type=Path, metavar="DIR", help="folder to write runs to; not that of a sweep")
     p.add_argument("--data_dir", metavar="DIR", help="folder that holds the data sets' folders (default: the run's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the run's)")
     args = p.parse_args(argv)

@@ -13,23 +13,24 @@ from domainbed_hp.scripts import run
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.prepare", description=__doc__)
     add = parser.add_argument
-    add("--data_dir", help="folder of the data sets: it holds PACS/, VLCS/, ...")
-    add("--dataset", required=True, help=f"{', '.join(DATASETS)}, or folder:PATH")
-    add("--image_size", type=int, default=224, help="height and width in pixels of the images that the model takes")
+    add("--data_dir", help="folder that holds the data sets' folders: PACS, VLCS, office_home, ...")
+    add("--dataset", required=True, help=f"data set: {', '.join(DATASETS)}; or folder:PATH")
+    add("--image_size", type=int, default=224, help="height and width of the model's input, in pixels (default: 224)")
     add(
         "--resize", default="crop", choices=["crop", "squash"],
-        help="resizing of the images to score; crop: short side to image_size, then the centre (CLIP); squash: both "
-        "sides to image_size (DomainBed's ResNet)",
+        help="resizing for evaluation; crop: shorter side to image_size, then a centre crop (CLIP); squash: both sides "
+        "to image_size (DomainBed's ResNet) (default: crop)",
     )  # fmt: skip
-    add("--interpolation", default="bicubic", choices=["bicubic", "bilinear"], help="filter of the resizing")
+    text = "filter of the resizing (default: bicubic)"
+    add("--interpolation", default="bicubic", choices=["bicubic", "bilinear"], help=text)
     add(
         "--encoding", default="auto", choices=["auto", "raw", "compressed"],
-        help="raw: fastest to read; compressed: several times smaller, JPEG to train on, lossless to score; auto: as "
-        "in the existing folder, in a new one raw up to 32 GB",
+        help="raw: fastest to read; compressed: several times smaller, JPEG for training, lossless for evaluation; "
+        "auto: as the existing folder; in a new one, raw up to 32 GB, else compressed (default: auto)",
     )  # fmt: skip
-    on_error = "where an image cannot be decoded; skip: leave it out and record it"
+    on_error = "what to do if an image cannot be decoded; skip: leave it out and record it (default: stop)"
     add("--on_error", default="stop", choices=["stop", "skip"], help=on_error)
-    add("--num_workers", type=int, help="number of threads; default: one for every core")
+    add("--num_workers", type=int, help="number of threads (default: one per core)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Launch the runs of a sweep, show how far it is, or delete what is not finished."""
+"""Launch the jobs of a sweep, show their states, or delete the jobs that are not finished."""
 
 import argparse
 import contextlib
@@ -23,13 +23,13 @@ from domainbed_hp.sweep.status import SweepStatus, estimate_cost
 from domainbed_hp.sweep.validation import check_data, resolve_rows
 
 EPILOG = """\
-`launch` starts all jobs that are not launched or incomplete; incomplete ones continue where they stopped. It leaves
-alone what is done, running or failed. Several launchers may work on one sweep, on machines that share its folder.
-Without any flag it runs the quickstart: a small table on the CPU, in results/quickstart.
-`delete_incomplete` removes the folders of incomplete and failed jobs, so that they start anew. Running ones stay.
-`status` and `delete_incomplete` read <output_dir>/sweep.json (without a flag, that of results/quickstart). More flags
-choose some of the sweep's jobs.
-A sweep file (TOML) holds the same settings as the flags; sweeps/*.toml are examples.
+A job is one run of `train`. A job is incomplete if its run stopped before its end without an error.
+`launch` starts new jobs, and continues incomplete ones where they stopped. It skips jobs that are done, running or
+failed. Several launchers may work on one sweep, on machines that share its folder. Without flags, `launch` runs the
+quickstart: a small sweep on the CPU, in results/quickstart.
+`status` and `delete_incomplete` read <output_dir>/sweep.json (without flags: results/quickstart/sweep.json). With
+flags that describe a sweep, they act on the jobs of that sweep. `delete_incomplete` removes the folders of incomplete
+and failed jobs, so that they start from step 0. It never removes a running job.
 """
 COMMAND = ("python", "-m", "domainbed_hp.scripts.sweep")
 ONLY = {"retry_failed": "launch", "dry_run": "launch", "jobs": "launch", "json": "status"}
@@ -43,36 +43,35 @@ def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         " ".join(COMMAND), description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("command", choices=["launch", "status", "delete_incomplete"])
+    p.add_argument("command", choices=["launch", "status", "delete_incomplete"], help="see below")
     add = p.add_argument_group("which runs").add_argument
-    add("--config", metavar="FILE", help="sweep file; other flags override its settings")
-    add("--jobs", metavar="FILE", help="launch: the jobs in a file that `collect_results --missing FILE` wrote")
-    add("--output_dir", metavar="DIR", help="folder of the sweep")
-    add("--datasets", nargs="+", metavar="NAME", help="data sets, or folder:PATH (default: all but the Debug ones)")
-    rows = "algorithms to run with default hyperparameters (default: all); with --config: only the file's rows of these"
+    add("--config", metavar="FILE", help="sweep file (TOML), such as sweeps/*.toml; other flags override it")
+    add("--jobs", metavar="FILE", help="launch: run the jobs that `collect_results --missing FILE` wrote")
+    add("--output_dir", metavar="DIR", help="folder of the sweep (required, unless --config names it)")
+    add("--datasets", nargs="+", metavar="NAME", help="data sets, or folder:PATH (default: all but Debug28, Debug224)")
+    rows = "algorithms (default: all); with --config: the file's rows of these algorithms only"
     add("--algorithms", nargs="+", metavar="NAME", help=rows)
-    add("--hparams", metavar="JSON", help="hyperparameters for all algorithms that have them; they override the file's")
+    add("--hparams", metavar="JSON", help="hyperparameters for every algorithm that has them; they override the file")
     add("--n_hparams_from", type=int, metavar="N", help="first hparams_seed (default: 0)")
-    add("--n_hparams", type=int, metavar="N", help="hparams_seeds are below this number (default: 20)")
+    add("--n_hparams", type=int, metavar="N", help="last hparams_seed + 1 (default: 20)")
     add("--n_trials", type=int, metavar="N", help="number of trials (default: 3)")
     add("--n_trials_from", type=int, metavar="N", help="first trial_seed (default: 0)")
-    add("--single_test_envs", action="store_true", default=None, help="leave out single environments, and no pairs")
-    add(
-        "--test_envs", nargs="+", metavar="ENVS", help="environments to leave out: `0 2` are two runs, `0,2` is one run"
-    )
+    add("--single_test_envs", action="store_true", default=None, help="hold out one environment in each job, never two")
+    text = "environments to hold out: `0 2`: one job without 0, one without 2; `0,2`: one job without both"
+    add("--test_envs", nargs="+", metavar="ENVS", help=text)
     add("--seed", type=int, metavar="N", help="ignored, as in DomainBed: a job's seed is a hash of its arguments")
     add = p.add_argument_group("launching").add_argument
     known = ", ".join(LAUNCHERS)
     add("--command_launcher", dest="launcher", metavar="NAME", help=f"launcher: {known} (default: local)")
     add("--max_parallel", type=int, metavar="N", help="local, slurm: jobs at a time (default: one per core; all)")
-    add("--jobs_per_gpu", type=int, metavar="N", help="multi_gpu: jobs at a time on each GPU (default: 1)")
-    add("--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: options of sbatch, such as partition=gpu mem=16GB")
-    add("--launcher_options", nargs="+", metavar="KEY=VALUE", help="options of a launcher of your own")
+    add("--jobs_per_gpu", type=int, metavar="N", help="multi_gpu: jobs at a time on one GPU (default: 1)")
+    add("--slurm", nargs="+", metavar="KEY=VALUE", help="slurm: long options of sbatch, such as partition=gpu mem=16GB")
+    add("--launcher_options", nargs="+", metavar="KEY=VALUE", help="options of your own launcher")
     add("--skip_confirmation", action="store_true", help="do not ask `Are you sure?`")
-    add("--retry_failed", action="store_true", help="launch: start the failed jobs, too")
+    add("--retry_failed", action="store_true", help="launch: also start the failed jobs")
     add("--dry_run", action="store_true", help="launch: print the jobs and an estimate of their cost; start nothing")
     add = p.add_argument_group("what is printed").add_argument
-    add("--list", action="store_true", help="all jobs, one line each; without this flag only the failed ones")
+    add("--list", action="store_true", help="print a line for every job (default: for failed jobs only)")
     add("--json", action="store_true", help="status: print JSON")
     add_flags(p, of_sweep=True)
     return p

@@ -29,7 +29,7 @@ class SAM:
     # DEVIATION: SAM perturbs by the loss that it minimizes. Here it is the cross-entropy of `predict` for every
     # algorithm, without the algorithm's own terms (DPL's prompts then differ between images).
     HPARAMS: ClassVar[dict[str, HParam]] = {
-        "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "sharpness: rho, length of the perturbation", at_least=0)
+        "sam_rho": HParam(0.05, log_uniform(10, -2, -0.5), "rho: norm of the perturbation of the weights", at_least=0)
     }
 
     def __init__(self, algorithm: Algorithm, hparams: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class DISAM(SAM):
     """SAM whose perturbation increases mean(L_i) - lambda Var(L_i), with L_i the loss of domain i."""
 
     HPARAMS = SAM.HPARAMS | {
-        "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: lambda, weight of the variance", at_least=0)
+        "disam_weight": HParam(0.1, log_uniform(10, -2, 0), "disam: lambda, weight of the losses' variance", at_least=0)
     }
 
     def compute_objective(self, losses: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class SimpleMovingAverage(WeightedAverage):
     NeurIPS 2022.
     """
 
-    HPARAMS = {"average_start": HParam(100, help="sma: number of updates before averaging starts, t0", at_least=0)}
+    HPARAMS = {"average_start": HParam(100, help="sma: t0, number of updates before averaging starts", at_least=0)}
 
     def weigh(self, t: int) -> float:
         return 1.0
@@ -126,7 +126,7 @@ class BetaMovingAverage(WeightedAverage):
     Out-of-Distributions", ICML 2023.
     """
 
-    HPARAMS = {"average_beta": HParam(0.5, choice(0.25, 0.5, 1.0), "beta: b of the Beta density", at_least=0)}
+    HPARAMS = {"average_beta": HParam(0.5, choice(0.25, 0.5, 1.0), "beta: b of the weights Beta(b, b)", at_least=0)}
 
     def weigh(self, t: int) -> float:
         x = (t + 0.5) / (self.steps + 1)
@@ -148,9 +148,9 @@ class SWAD(WeightAverage):
     # every step of the valley counts once. Training goes on after the end of the valley, where the released code stops.
     # Records come every `checkpoint_freq` steps, 300 for most data sets; the paper has 100 (VLCS 50, DomainNet 500).
     HPARAMS = {
-        "swad_converge": HParam(3, help="swad: number of records that start a valley, N_s", at_least=1),
-        "swad_tolerance": HParam(6, help="swad: number of records above the threshold that end it, N_e", at_least=1),
-        "swad_ratio": HParam(0.3, help="swad: tolerance ratio r; the paper uses 0.2 on VLCS", at_least=0),
+        "swad_converge": HParam(3, help="swad: N_s; a valley starts at the lowest loss of N_s records", at_least=1),
+        "swad_tolerance": HParam(6, help="swad: N_e; a valley ends before N_e records above the threshold", at_least=1),
+        "swad_ratio": HParam(0.3, help="swad: r; threshold (1 + r) x first losses; paper: 0.2 on VLCS", at_least=0),
     }
     VALIDATES = True
 
@@ -230,7 +230,7 @@ class WiSE(WeightAverage):
     WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022.
     """
 
-    HPARAMS = {"wise_alpha": HParam(0.5, choice(*(i / 10 for i in range(1, 10))), "wise: alpha", at_least=0)}
+    HPARAMS = {"wise_alpha": HParam(0.5, choice(*(i / 10 for i in range(1, 10))), "0: start; 1: trained", at_least=0)}
 
     def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
         super().__init__(parameters, hparams, steps)
