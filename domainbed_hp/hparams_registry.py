@@ -36,8 +36,10 @@ class HParam:
 
     def for_dataset(self, dataset: str) -> HParam:
         """Return this hparam with its default and sampler on `dataset`."""
-        other = self.by_dataset.get(dataset, self)
-        return replace(self, default=other.default, sample=other.sample)
+        if dataset not in self.by_dataset:
+            return self
+        variant = self.by_dataset[dataset]
+        return replace(self, default=variant.default, sample=variant.sample)
 
     def draw(self, name: str, seed: int) -> Any:
         """Return the draw of seed `seed` as a Python scalar."""
