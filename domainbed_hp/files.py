@@ -51,7 +51,7 @@ def hold_lock(path: Path, message: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: a process that waits notices that the file is gone, and makes a new one to lock.
+        # Before the release: a waiting process notices that the file is gone, and locks a new one.
         with contextlib.suppress(OSError):  # Windows removes no open file
             path.unlink()
         lock.release()

@@ -1,7 +1,7 @@
-"""Hyperparameters: a default, and a sampler that draws from a stream seeded by the hparam's own name.
+"""Hyperparameters: a default, and a sampler that draws from a stream seeded by the hparam's name.
 
-A new hparam therefore never moves another one's draw, as in DomainBed's hparams_registry.py.
-Hparams are declared beside the code that reads them, as `Algorithm.HPARAMS`.
+A new hparam therefore never changes the draw of another, as in DomainBed's hparams_registry.py. Hparams are declared in
+the class that reads them, as `Algorithm.HPARAMS`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class HParam:
     at_least: float | None = None
     below: float | None = None
     plugins: dict[str, Any] | None = None
-    """The table of `registry` that the value is a name in. The named class brings hparams of its own."""
+    """Table of `registry` whose names are the values. The named class has more hparams."""
     by_dataset: Mapping[str, HParam] = field(default_factory=dict)
     """Default and sampler on single data sets, by the data set's name."""
 
     def for_dataset(self, dataset: str) -> HParam:
-        """Return this hparam with the default and the sampler that hold on `dataset`."""
+        """Return this hparam with its default and sampler on `dataset`."""
         if dataset not in self.by_dataset:
             return self
-        own = self.by_dataset[dataset]
-        return replace(self, default=own.default, sample=own.sample)
+        variant = self.by_dataset[dataset]
+        return replace(self, default=variant.default, sample=variant.sample)
 
     def draw(self, name: str, seed: int) -> Any:
-        """Return the value of random seed `seed`, as a Python scalar that JSON can hold."""
+        """Return the draw of seed `seed` as a Python scalar."""
         if self.sample is None:
             return self.default
         value = self.sample(np.random.RandomState(seed_hash(seed, name)))
@@ -99,18 +99,18 @@ TRAINING_HPARAMS = {
 
 
 def known_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, HParam]:
-    """Return the hparams of `algorithm` on `dataset`. Imports the algorithm.
+    """Return the hparams of `algorithm`, which is imported, on `dataset`.
 
-    A choice in `overrides`, such as prompt=coop, brings the hparams of what it names.
+    A choice in `overrides`, such as prompt=coop, adds the hparams of the class that it names.
     """
     table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).HPARAMS
-    for plugin in load_choices(table, overrides or {}).values():
+    for plugin in load_chosen_plugins(table, overrides or {}).values():
         table = plugin.HPARAMS | table
     return {name: hparam.for_dataset(dataset) for name, hparam in table.items()}
 
 
-def load_choices(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the class that each hparam with `plugins` names, by `values` or by its default."""
+def load_chosen_plugins(table: Mapping[str, HParam], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class that each hparam with `plugins` names, by its value in `values` or its default."""
     names = {name: (h.plugins, values.get(name, h.default)) for name, h in table.items() if h.plugins is not None}
     return {name: load(t, name, v) for name, (t, v) in names.items() if isinstance(v, str) and v != "none"}
 
@@ -145,21 +145,21 @@ def resolve_hparams(
         if name not in table:
             raise UsageError(f"{unknown_name(f'hparam of {algorithm}', name, table)}{name_choices_with(name, table)}")
         hparams[name] = table[name].check(name, value)
-    for plugin in load_choices(table, hparams).values():
+    for plugin in load_chosen_plugins(table, hparams).values():
         plugin.validate(hparams)
     load(ALGORITHMS, "algorithm", algorithm).validate(hparams)
     return hparams
 
 
 def check_validation_images(hparams: Mapping[str, Any], available: bool) -> None:
-    """Raise `UsageError` where the weight average needs validation images and none are `available`."""
+    """Raise `UsageError` if the weight average needs validation images and none are `available`."""
     average = hparams.get("average", "none")
     if average != "none" and not available and load(WEIGHT_AVERAGES, "average", average).VALIDATES:
         raise UsageError(f"average={average} needs validation images: pass --holdout_fraction above 0")
 
 
 def name_choices_with(name: str, table: Mapping[str, HParam]) -> str:
-    """Return a sentence that names the choices that bring hparam `name`, "" if there are none."""
+    """Return a sentence on the choices that add hparam `name`, "" if there are none."""
     choices = [(choice, h.plugins, v) for choice, h in table.items() if h.plugins is not None for v in h.plugins]
     bringing = [f"{choice}={v}" for choice, plugins, v in choices if name in load(plugins, choice, v).HPARAMS]
     return f". It comes with {' or '.join(bringing)}" if bringing else ""

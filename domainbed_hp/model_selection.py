@@ -9,7 +9,7 @@ import pandas as pd
 from domainbed_hp.registry import SELECTION_RULES, load
 
 GROUP = ["row", "dataset", "trial_seed", "test_env"]
-"""Columns that name one choice: the rule chooses a run (hparams_seed) and a step for each of these groups."""
+"""Columns of a group of records, in which a rule chooses a run (hparams_seed) and a step."""
 
 
 class SelectionMethod:
@@ -20,20 +20,20 @@ class SelectionMethod:
     name: str
     """The name that is printed."""
     num_test_envs: tuple[int, ...] = (1,)
-    """The rule reads runs with so many test environments."""
+    """Numbers of test environments of the runs that the rule reads."""
 
     @classmethod
     def candidates(cls, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the records that the rule may choose, with three new columns.
+        """Return the records that the rule may choose, from the `frame` of `reports.load.CollectedRuns`.
 
-        `frame` is that of `reports.load.CollectedRuns`. The columns are `test_env` (index), `test_acc` (the accuracy
-        that counts) and `val_acc` (the score: the highest is chosen), both in [0, 1].
+        New columns are `test_env` (index), `test_acc` (the accuracy that counts) and `val_acc` (the score: the highest
+        is chosen), both in [0, 1].
         """
         raise NotImplementedError
 
     @classmethod
     def explain(cls, frame: pd.DataFrame) -> str:
-        """Return why records of complete runs may have no candidate, for a note to the user; "" for no reason."""
+        """Return the reason why records of complete runs may have no candidate, for a note; "" for none."""
         return ""
 
     @classmethod
@@ -54,7 +54,6 @@ class SelectionMethod:
 
 
 def load_selection_methods() -> list[type[SelectionMethod]]:
-    """Return all rules of `registry.SELECTION_RULES`, in its order."""
     return [load(SELECTION_RULES, "selection_rule", key) for key in SELECTION_RULES]
 
 
@@ -102,8 +101,7 @@ class LeaveOneOut(SelectionMethod):
 
         def make_index(together: np.ndarray, t: np.ndarray, v: np.ndarray) -> np.ndarray:
             """Return (together, t, v) as one number."""
-            index: np.ndarray = (together * len(env) + t) * len(env) + v
-            return index
+            return np.asarray((together * len(env) + t) * len(env) + v)
 
         # env{v}_in_acc of the run that left out t and v, sorted by the index of (together, t, v).
         a, b = np.array([*pairs["test_envs"]]).T
@@ -118,7 +116,7 @@ class LeaveOneOut(SelectionMethod):
         at = np.searchsorted(indices, wanted).clip(max=len(indices) - 1)
         complete: np.ndarray = ((indices[at] == wanted) | ~other).all(axis=1)
         total = np.zeros(len(single))
-        for v in env:  # In DomainBed's order, because sums that are equal there must be equal here.
+        for v in env:  # in DomainBed's order: sums that are equal there must be equal here
             total += np.where(other[:, v], left_out[at[:, v]], 0)
         return single[complete].assign(val_acc=(total / other.sum(axis=1))[complete])
 

@@ -1,7 +1,7 @@
-"""Register what a module of the user defines, for `--import my_package.my_module`.
+"""Register the plugins in a module of the user, for `--import my_package.my_module`.
 
 Subclasses of `Algorithm`, `TextSide`, `WeightAverage` and `SAM` are registered under their class names, subclasses of
-`SelectionMethod` under their `key`, each `DatasetSpec` under its `name`, and launchers as a dictionary says:
+`SelectionMethod` under their `key`, a `DatasetSpec` under its `name`, and launchers under the keys of a dictionary
 `LAUNCHERS = {"my_cluster": launch}`, where `launch(commands: list[list[str]], ...) -> list[int]` returns exit codes.
 """
 
@@ -25,16 +25,13 @@ CLASSES: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 def import_plugins(modules: Iterable[str]) -> None:
-    """Import modules of the user and register what they define."""
+    """Import modules of the user and register their plugins."""
     for module in modules:
         import_plugin(module)
 
 
 def import_plugin(module: str) -> list[str]:
-    """Import one module of the user, register what it defines, and return the names.
-
-    `UsageError` where the module is not found or defines nothing to register.
-    """
+    """Import one module of the user, register its plugins, and return their names; `UsageError` if there are none."""
     try:
         plugin = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -45,7 +42,7 @@ def import_plugin(module: str) -> list[str]:
     own = [value for value in vars(plugin).values() if inspect.isclass(value) and value.__module__ == module]
     entries: list[tuple[dict[str, Any], str, Any]] = []
     for table, base_module, base_name, attribute in CLASSES:
-        # A base class that nobody imported has no subclasses. So a selection rule alone does not load torch.
+        # A base class that is not imported has no subclasses: a selection rule alone does not load torch.
         base = getattr(sys.modules.get(base_module), base_name, None)
         entries += [(table, getattr(cls, attribute), cls) for cls in own if base and issubclass(cls, base)]
     spec = getattr(sys.modules.get("domainbed_hp.datasets.spec"), "DatasetSpec", ())

@@ -1,6 +1,6 @@
 """Records of a run: one JSON object per line of `results.jsonl`, the only link between training and reporting.
 
-The format is DomainBed's (scripts/train.py writes it, lib/reporting.py reads it); each package reads the other's files.
+The format is DomainBed's: either package reads the other's files.
 """
 
 import contextlib
@@ -22,13 +22,11 @@ TAIL_BYTES = 2**16
 
 
 class Record(TypedDict, total=False):
-    """The keys of a record. Besides them, each number in a key of its own, it holds
+    """The keys of a record. Records of DomainBed have the keys up to `hparams`. Numbers with other keys are
 
     - `env{i}_in_acc`, `env{i}_out_acc`, `env{i}_uda_acc`: the accuracy in [0, 1] on a split of environment i;
-    - what the algorithm logs in a step, such as `loss`, `ce` or `mmd`: the mean over the steps since the last record;
-    - what `Algorithm.diagnose` returns, such as `val_mmd`.
-
-    Records of DomainBed have the keys up to `hparams`.
+    - the metrics of the algorithm's steps, such as `loss`, `ce` or `mmd`: means over the steps since the last record;
+    - the values of `Algorithm.diagnose`, such as `val_mmd`.
     """
 
     step: int  # index of the last update; the first one has index 0
@@ -48,8 +46,8 @@ class Record(TypedDict, total=False):
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add one whole line to a run's results.jsonl. It is on disk when this returns; on an error nothing is added."""
-    line = json.dumps(record, sort_keys=True, default=_to_plain).encode() + b"\n"
+    """Add one whole line to a run's results.jsonl and sync it to disk. On an error nothing is added."""
+    line = json.dumps(record, sort_keys=True, default=to_plain).encode() + b"\n"
     with open(folder / RESULTS, "ab+", buffering=0) as file:
         size = file.tell()
         if size:
@@ -122,7 +120,7 @@ def read_records(folder: str | Path, notes: list[str] | None = None) -> Iterator
 
 
 def last_record(folder: Path) -> dict[str, Any] | None:
-    """Return the last whole record of a run, read from the end of its results.jsonl; None where there is none."""
+    """Return the last whole record of a run, read from the end of its results.jsonl; None if there is none."""
     try:
         with open(folder / RESULTS, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -137,8 +135,8 @@ def last_record(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _to_plain(value: Any) -> object:
-    """Return a value that JSON can hold, for numpy's scalars and arrays, such as a drawn int64, and for paths."""
+def to_plain(value: Any) -> object:
+    """Convert a NumPy scalar or array, or a path, to a value that JSON can hold."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):

@@ -86,7 +86,7 @@ SELECTION_RULES: dict[str, Any] = {
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
-    """Return the error for an unknown name. Its message has the name, the nearest known one, and all known ones."""
+    """Return the error for an unknown name, with the nearest known one and all known ones."""
     import difflib
 
     known = list(known)
@@ -97,7 +97,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
 
 
 def refuse_renamed_methods(cls: type, renamed: Mapping[str, str]) -> None:
-    """Raise `UsageError` where a class defines a method that the package no longer calls."""
+    """Raise `UsageError` if a class defines a method that the package no longer calls."""
     for name, replacement in renamed.items():
         if name in vars(cls):
             raise UsageError(f"{cls.__name__} defines {name}, which is no longer called. Define {replacement} instead")

@@ -1,7 +1,7 @@
 """The arguments of a run, each one described once: a field of `RunArgs` has its default, type, choices, help and role.
 
 The rest follows from the fields: the flags of `train` and `sweep`, the keys of a sweep file, the arguments and names of
-jobs, and what two runs must share to be averaged in one cell of a table. This module imports no torch.
+jobs, and the protocol that the runs of one row share. This module imports no torch.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def flag(
     """Return a dataclass field that describes one flag.
 
     Args:
-        role: "identity": another value makes another job. "protocol": besides, runs with different values never share
-            a row of a table. "where": the value says only where or how fast the run computes.
+        role: "identity": another value makes another job. "protocol": it also makes another row of a table. "where":
+            the value says only where or how fast the run computes.
         name: name of the flag, where the field cannot have it.
-        per_job: True for what a sweep itself sets for each job, so that all its runs cannot share it.
+        per_job: True if a sweep sets the value for each job, so that its runs cannot share one.
     """
     metadata = {"help": help, "role": role, "group": group, "choices": choices, "at_least": at_least}
     return field(default=default, metadata=metadata | {"metavar": metavar, "name": name, "per_job": per_job})
@@ -181,24 +181,24 @@ class RunArgs:
 TYPES: dict[str, Any] = get_type_hints(RunArgs)
 """Type of each argument."""
 FLAG_NAMES = {f.name: f.metadata["name"] or f.name for f in fields(RunArgs)}
-"""Name of each argument's flag, which is also its name among the arguments of a job."""
+"""Name of each argument's flag, and of the argument in a job."""
 SHARED = {f.name: f.default for f in fields(RunArgs) if not f.metadata["per_job"]}
-"""Default of each argument that all runs of a sweep share; these are keys of a sweep file."""
+"""Default of each argument that all runs of a sweep share, a key of a sweep file."""
 # DEVIATION: DomainBed names a job after its data_dir, too, so that moving the data orphans every finished job.
 WHERE = tuple(f.name for f in fields(RunArgs) if f.metadata["role"] == "where")
 """Arguments that the name of a job leaves out."""
 REMOVED = {"loader": "batched"}
-"""Arguments that only earlier versions wrote, and the value that all runs have now."""
+"""Arguments that only earlier versions wrote, with the value that all runs have now."""
 PROTOCOL = {f.name: f.default for f in fields(RunArgs) if f.metadata["role"] == "protocol"} | REMOVED
 """Default of each argument that the runs of one row of a table share."""
 
 
 def find_differences(before: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the arguments that make two different runs of two records' arguments, with both values.
+    """Return the arguments, with both values, by which two records are of different runs.
 
     An argument that a record lacks is newer than the record and had its default.
     """
-    # DomainBed's records lack most arguments: its runs are none of ours.
+    # DomainBed's records lack most arguments, and are of other runs.
     defaults = {f.name: f.default for f in fields(RunArgs)} | REMOVED if "imports" in before else {}
     there, here = (
         {name: list(v) if isinstance(v, tuple) else v for name, v in {**defaults, **values}.items()}
@@ -228,16 +228,14 @@ def name_flags(args: Mapping[str, Any]) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser, *, of_sweep: bool = False) -> None:
     """Add the flags of a run to a parser, in groups.
 
-    Those of a sweep are the ones that its runs share. They are None where they are not given, so that the value of the
-    sweep file stays.
+    Those of a sweep are the ones that its runs share. Their default is None, which leaves the value of the sweep file.
     """
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for f in fields(RunArgs):
         if of_sweep and f.name not in SHARED:
             continue
         options: dict[str, Any] = {"dest": f.name, "default": None if of_sweep else f.default}
-        text = f.metadata["help"]
-        kind = find_item_type(TYPES[f.name])
+        text, kind = f.metadata["help"], find_item_type(TYPES[f.name])
         if kind is bool:
             options["action"] = "store_true"
         else:

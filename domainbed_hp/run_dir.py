@@ -1,17 +1,14 @@
 """The folder of a run: the names of its files, its state, and the lock of the process that works in it.
 
 A process that works in the folder holds `lock`, a lease of filelock: a file that names the process and its host, and
-that the process touches every LEASE_S / 3 seconds. A process on the same host sees at once that the holder is alive or
-dead. A process on another host watches the file: if it changes, the holder is alive; if it does not change for LEASE_S
+that the process touches every LEASE_S / 3 seconds. A process on the same host sees at once whether the holder is alive.
+A process on another host watches the file: if it changes, the holder is alive; if it does not change for LEASE_S
 seconds by the clock of the watcher, the lease is taken over. No clocks of two hosts are compared. A holder that was
 suspended for so long loses its lease, so it calls `RunLock.check` before each write.
 
-`read_state` does not watch. It believes a lease of another host whose file is at most RUNNING_S seconds old. A launcher
-does not start such a job, but at the end it watches all of them together for LEASE_S seconds, and starts those whose
-lease did not change. In the end the `RunLock` of the job decides.
+`read_state` does not watch, but believes a lease of another host whose file is at most RUNNING_S seconds old. A
+launcher watches all such jobs together for LEASE_S seconds, and starts those whose lease did not change.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -24,6 +21,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from filelock import LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
@@ -42,13 +40,13 @@ LAUNCH_LOG = "launch.log"  # the stderr of the job's process, written by its lau
 OLD_HEARTBEAT = "heartbeat.json"  # left by killed runs of an earlier version, and removed
 
 LEASE_S = 60.0
-"""Time without a sign of life after which the lease of another host is taken over."""
+"""Seconds without a change after which the lease of another host is taken over."""
 POLL_S = 0.2
-"""Time between two looks at a lease that is watched."""
+"""Seconds between two looks at a lease that is watched."""
 RUNNING_S = 600.0
-"""Age of the lease's file up to which `read_state` reports a run as running; larger than errors of clocks."""
+"""Largest age in seconds of the lease's file of a running run; clocks of hosts differ by less."""
 EXIT_TAKEN = 75
-"""Exit code of `train` where the run is done or another process works on it: BSD's EX_TEMPFAIL."""
+"""Exit code of `train` if the run is done or another process works on it: BSD's EX_TEMPFAIL."""
 
 
 class State(StrEnum):
@@ -89,7 +87,7 @@ def read_failure(folder: Path) -> str:
 
 
 def read_holder(folder: Path) -> OwnerRecord | None:
-    """Return the owner of the lease on `folder`; None where there is none, or where its process seems to be dead."""
+    """Return the owner of the lease on `folder`; None without a lease, or if its process seems to be dead."""
     try:
         age_s = time.time() - (folder / LOCK).stat().st_mtime
     except OSError:
@@ -106,7 +104,7 @@ def is_local(folder: Path) -> bool:
 
 @functools.cache
 def get_host_name() -> str:
-    """Return the name of this host as filelock writes it; processes in another container have another one."""
+    """Return the name of this host as filelock writes it, which is different in every container."""
     try:
         with tempfile.TemporaryDirectory() as folder, make_lease(Path(folder)) as lease:
             owner = lease.owner
@@ -132,7 +130,7 @@ def make_lease(folder: Path) -> SoftFileLease:
 
 
 def read_stamp(folder: Path) -> tuple[int, int] | None:
-    """Return the time of change and the inode of the lease's file, which a live holder changes; None without a file."""
+    """Return the time of change and the inode of the lease's file, which its holder changes; None without a file."""
     try:
         with open(folder / LOCK, "rb") as file:  # opened: network file systems cache what `stat` returns
             status = os.fstat(file.fileno())
@@ -152,14 +150,13 @@ def find_abandoned(folders: Sequence[Path]) -> list[Path]:
 
 
 class RunLock:
-    """A context manager inside of which this process alone works in the folder of a run.
+    """A context in which this process alone works in the folder of a run.
 
-    It creates the folder, and removes it again if it was new and nothing was written there. It removes the `err.txt` of
-    an earlier attempt, and writes an exception to a new one: a `UsageError` as its message, others as a traceback.
+    A new folder is removed at the end if nothing was written there. The `err.txt` of an earlier attempt is removed, and
+    an exception written to a new one: a `UsageError` as its message, others as a traceback.
 
     Raises:
-        RunTaken: the run is done, or another process works on it. A lease of another host is watched first, for
-            LEASE_S / 3 seconds if its holder is alive and LEASE_S seconds if not.
+        RunTaken: the run is done, or another process works on it. A lease of another host is watched first.
         UsageError: the folder cannot be written to.
     """
 
@@ -167,9 +164,8 @@ class RunLock:
         self.folder = folder
         self.lease = make_lease(folder)
         self.created = False
-        """True if the folder is new."""
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> Self:
         self.created = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,10 +194,10 @@ class RunLock:
             self._release()
 
     def check(self) -> None:
-        """Raise `RunTaken` if the lease is lost: another host took it over, or its file or the folder was deleted."""
+        """Raise `RunTaken` if the lease is lost: it was taken over, or its file was deleted."""
         owner = self.lease.owner
         if owner and owner.token != self.lease.token:
-            raise self._taken()
+            raise self._make_error()
         if owner is None or self.lease.compromise:
             lost = f"{self.folder / LOCK} was removed, or could not be touched for too long"
             raise RunTaken(f"{lost}: another process may work in the folder, so this one stops")
@@ -210,9 +206,8 @@ class RunLock:
         lock = self.folder / LOCK
         with contextlib.suppress(FileNotFoundError):
             if not lock.stat().st_size:
-                # filelock never takes over an empty file, as an earlier version or a crash of the host may leave it.
-                # With a byte in it the file is malformed, and is taken over after 2 s. A process that is about to write
-                # its lease overwrites the byte.
+                # filelock never takes over an empty file, which a crash of the host may leave. With one byte it is
+                # malformed, and is taken over after 2 s. A process that is about to write its lease overwrites it.
                 with open(lock, "ab") as file:
                     file.write(b"\n")
         first = read_stamp(self.folder)
@@ -223,7 +218,7 @@ class RunLock:
         try:
             self.lease.acquire(timeout=LEASE_S + 10, poll_interval=POLL_S, cancel_check=is_holder_alive)
         except (Timeout, LeaseSettingsMismatch):
-            raise self._taken() from None
+            raise self._make_error() from None
 
     def _release(self) -> None:
         self.lease.release()
@@ -239,7 +234,7 @@ class RunLock:
             with contextlib.suppress(OSError):
                 (self.folder / ERROR).write_text(text[-1000:])
 
-    def _taken(self) -> RunTaken:
+    def _make_error(self) -> RunTaken:
         owner = self.lease.owner
         who = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
         return RunTaken(f"{who} works in {self.folder}: wait until it ends, or choose another --output_dir")

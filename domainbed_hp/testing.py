@@ -9,8 +9,6 @@ An AssertionError says what was got, what was expected and what to do. CLIP meth
 downloaded, and an algorithm takes about two seconds on a CPU.
 """
 
-from __future__ import annotations
-
 import inspect
 import io
 import json
@@ -57,7 +55,7 @@ def check_algorithm(algorithm: type[Algorithm] | str, **hparams: Any) -> None:
 
 
 def check_text_side(text_side: type[TextSide] | str, **hparams: Any) -> None:
-    """Check all promises of a text side, alone and on an image tower that does not train. Raises as above."""
+    """Check all promises of a text side, alone and on a frozen image tower; errors as `check_algorithm`."""
     name = text_side if isinstance(text_side, str) else text_side.__name__
     with mock.patch.dict(PROMPTS, {} if isinstance(text_side, str) else {name: text_side}):
         cls = load(PROMPTS, "prompt", name)
@@ -68,7 +66,7 @@ def check_text_side(text_side: type[TextSide] | str, **hparams: Any) -> None:
 
 
 def check_dataset(spec: DatasetSpec | str, data_dir: str | Path | None = None) -> None:
-    """Check the facts of a data set and, where `data_dir` or the spec's `build` gives them, its images."""
+    """Check the facts of a data set and, if `data_dir` or the spec's `build` gives them, its images."""
     spec = find_spec(spec, data_dir) if isinstance(spec, str) else spec
     run_checks(spec.name, [check_facts], spec)
     if spec.build is not None or data_dir is not None or Path(spec.folder).is_absolute():
@@ -101,22 +99,22 @@ class AlgorithmCase:
         algorithm: Algorithm = self.cls((3, self.size, self.size), len(names), 3, hparams)
         return algorithm
 
-    def images(self, count: int, seed: int = 1) -> Tensor:
+    def make_images(self, count: int, seed: int = 1) -> Tensor:
         """Return random images (count, 3, S, S)."""
         return torch.rand(count, 3, self.size, self.size, generator=torch.Generator().manual_seed(seed))
 
-    def minibatches(self, seed: int, sizes: Iterable[int] = (2, 2, 2)) -> list[Minibatch]:
+    def make_minibatches(self, seed: int, sizes: Iterable[int] = (2, 2, 2)) -> list[Minibatch]:
         """Return one minibatch per domain, of different brightness."""
         labels = torch.arange(seed, seed + 9) % len(CLASS_NAMES)
-        return [(self.images(n, 9 * seed + i) / 2 + i / 6, labels[i : i + n]) for i, n in enumerate(sizes)]
+        return [(self.make_images(n, 9 * seed + i) / 2 + i / 6, labels[i : i + n]) for i, n in enumerate(sizes)]
 
     def train(self, algorithm: Algorithm, first: int = 0, score: bool = False) -> Algorithm:
-        """Make the updates from `first` on as the training loop does, with predictions between them if `score`."""
+        """Make the updates from `first` on as the training loop, with predictions between them if `score`."""
         for step in range(first, UPDATES):
             if score:
-                predict(algorithm, self.images(1))
+                predict(algorithm, self.make_images(1))
             seed_everything(step)
-            algorithm.update(self.minibatches(step))
+            algorithm.update(self.make_minibatches(step))
         return algorithm
 
     @cached_property
@@ -126,13 +124,13 @@ class AlgorithmCase:
 
 
 def check_constructor(case: AlgorithmCase) -> None:
-    """The constructor is DomainBed's. Class names come by keyword where it has one, else in hparams."""
+    """The constructor is DomainBed's. Class names come by keyword if it has one, else in hparams."""
     try:
         inspect.signature(case.cls).bind((3, 64, 64), 3, 3, {})
     except TypeError as error:
         arguments = "(input_shape, num_classes, num_domains, hparams)"
         raise AssertionError(f"{error}. Take {arguments}, in this order") from error
-    algorithm, x = case.build(), case.images(2)
+    algorithm, x = case.build(), case.make_images(2)
     assert hasattr(algorithm, "hparams"), "it has no hparams. Call super().__init__ with all four arguments"
     if any("class_names" in inspect.signature(base.__init__).parameters for base in case.cls.__mro__):
         seed_everything(0)
@@ -143,7 +141,7 @@ def check_constructor(case: AlgorithmCase) -> None:
 
 def check_update(case: AlgorithmCase) -> None:
     """`update` returns finite numbers by name and does not write on its images."""
-    minibatches = case.minibatches(0, (2, 1, 3))
+    minibatches = case.make_minibatches(0, (2, 1, 3))
     copies = [x.clone() for x, _ in minibatches]
     metrics = case.build().update(minibatches, None)
     assert isinstance(metrics, Mapping) and metrics, f"got {metrics!r}, expected numbers to log, e.g. {{'loss': 0.1}}"
@@ -169,7 +167,7 @@ def check_parameters(case: AlgorithmCase) -> None:
 
 def check_predict(case: AlgorithmCase) -> None:
     """`predict` returns finite logits (B, C) in both modes, also of one image and for other classes."""
-    for names, x in ((CLASS_NAMES, case.images(1)), (CLASS_NAMES[:2], case.images(5))):
+    for names, x in ((CLASS_NAMES, case.make_images(1)), (CLASS_NAMES[:2], case.make_images(5))):
         algorithm = case.build(names=names)
         for logits in (algorithm.predict(x), predict(algorithm, x)):
             got, expected = tuple(logits.shape), (len(x), len(names))
@@ -181,7 +179,7 @@ def check_predict_per_image(case: AlgorithmCase) -> None:
     """A prediction depends on its own image only, unless the method says that it is transductive."""
     if case.cls.describe_protocol(case.hparams).get("transductive"):
         return
-    x = case.images(6)
+    x = case.make_images(6)
     together, turned = predict(case.trained, x), predict(case.trained, x.flip(0)).flip(0)
     alone = torch.cat([predict(case.trained, image[None]) for image in x])
     largest = max(1.0, together.abs().max().item())
@@ -203,10 +201,10 @@ def check_seeds(case: AlgorithmCase) -> None:
 
 def check_state_dict(case: AlgorithmCase) -> None:
     """Another instance predicts the same, bit for bit, with `state_dict` or `trained_state`."""
-    x = case.images(4)
+    x = case.make_images(4)
     for name, state in (("state_dict", case.trained.state_dict()), ("trained_state", case.trained.trained_state())):
         other = case.build(seed=9)
-        predict(other, x)  # what it caches must not outlive its weights
+        predict(other, x)  # a cache must not outlive its weights
         other.load_state_dict(state, strict=name == "state_dict")
         assert torch.equal(predict(other, x), predict(case.trained, x)), (
             f"another instance with its {name}() gives other predictions. Register all that a prediction needs as "
@@ -218,7 +216,7 @@ def check_resume(case: AlgorithmCase) -> None:
     """A run that is stopped and resumed ends with the same weights, bit for bit, as one that is not."""
     stopped, resumed, file = case.build(), case.build(), io.BytesIO()
     seed_everything(0)
-    stopped.update(case.minibatches(0))
+    stopped.update(case.make_minibatches(0))
     torch.save(stopped.training_state(), file)
     try:
         resumed.load_training_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
@@ -243,7 +241,7 @@ def check_accumulate(case: AlgorithmCase) -> None:
     for weight in (1.0, 0.5):
         algorithm.zero_grad()
         seed_everything(0)
-        algorithm.backward(case.minibatches(7, (4, 3, 2)), weight)
+        algorithm.backward(case.make_minibatches(7, (4, 3, 2)), weight)
         gradients.append({name: p.grad / weight for name, p in algorithm.named_parameters() if p.grad is not None})
     name = find_difference(*gradients)
     assert not name, (
@@ -258,7 +256,7 @@ def check_record_values(case: AlgorithmCase) -> None:
     assert not missing, f"describe_protocol has no {missing}. Return super().describe_protocol(hparams) | {{...}}"
     before = {name: value.clone() for name, value in algorithm.state_dict().items()}
     with evaluation_mode(algorithm):
-        numbers = [algorithm.diagnose(minibatches) for minibatches in ([], case.minibatches(3))]
+        numbers = [algorithm.diagnose(minibatches) for minibatches in ([], case.make_minibatches(3))]
     for method, values in (("describe_protocol", terms), ("diagnose", numbers)):
         try:
             json.dumps(values, allow_nan=False)
@@ -271,7 +269,7 @@ def check_record_values(case: AlgorithmCase) -> None:
 
 def check_merge(case: AlgorithmCase) -> None:
     """`merge` returns a plain CLIP with the same image features, or a UsageError that names what prevents it."""
-    algorithm, h, x = case.trained.eval(), case.hparams, case.images(3)
+    algorithm, h, x = case.trained.eval(), case.hparams, case.make_images(3)
     if not isinstance(algorithm, ClipAlgorithm) or h["clip_pretrained"] == "random":
         return
     try:
@@ -339,9 +337,9 @@ def check_text_optimizer(case: AlgorithmCase) -> None:
 def check_text_attach(case: AlgorithmCase) -> None:
     """`attach` changes the image tower only where CHANGES_TOWER is True: else its features are computed once."""
     text, tower, _ = make_text(case)
-    before = tower(case.images(2))
+    before = tower(case.make_images(2))
     text.attach(tower)
-    changed = not torch.equal(tower(case.images(2)), before)
+    changed = not torch.equal(tower(case.make_images(2)), before)
     assert changed == text.CHANGES_TOWER, f"attach changes image features: {changed}. Set CHANGES_TOWER = {changed}"
 
 

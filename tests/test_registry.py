@@ -27,7 +27,7 @@ class Mine(LoRA):
 
 class Shout(Template):
     def compute_features(self, clip):
-        return clip.text_features([name.upper() for name in self.class_names])
+        return clip.encode_prompts([name.upper() for name in self.class_names])
 """
 
 

@@ -1,7 +1,5 @@
 """The contract of an algorithm: `__init__`, `update` and `predict`, as in DomainBed's algorithms.py."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -28,18 +26,17 @@ RENAMED_METHODS = {
 
 
 class Algorithm(nn.Module):
-    """A domain generalization method.
+    """A domain generalization method. `num_domains` is the number of training environments.
 
-    `num_domains` is the number of training environments. An algorithm that needs class names takes them as the
-    keyword `class_names`, or reads `hparams["class_names"]`.
+    One that needs class names takes them as the keyword `class_names`, or reads `hparams["class_names"]`.
     """
 
     HPARAMS: ClassVar[dict[str, HParam]] = {
         "batch_size": HParam(32, lambda r: int(2 ** r.uniform(3, 5.5)), "images per environment", at_least=1)
     }
     CAPTURABLE: ClassVar[bool] = False
-    """True where a GPU may record `compute_gradients` as a CUDA graph and replay it: every step does the same work,
-    without a branch on a number, and changes nothing but gradients and batch norms. A subclass does not inherit it."""
+    """True if a GPU may record `compute_gradients` as a CUDA graph: every step does the same work, without a branch on
+    a number, and changes nothing but gradients and batch norms. A subclass does not inherit it."""
     STEPS: ClassVar[int | None] = None
     """Number of steps that the method needs. None: the data set's. 1: the method does not train."""
 
@@ -57,7 +54,7 @@ class Algorithm(nn.Module):
 
     @classmethod
     def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
-        """Return how images are made for this method. `image_size` is the data set's own."""
+        """Return the preprocessing of this method's images. `image_size` is the data set's."""
         return Preprocess(image_size)
 
     @classmethod
@@ -67,10 +64,10 @@ class Algorithm(nn.Module):
 
     @classmethod
     def describe_protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
-        """Return the terms that the method's numbers stand under, as plain values for every record.
+        """Return the conditions of the method's numbers, as plain values for every record.
 
-        `weights`: the weights that it starts from. `template`: the prompt of a class. `transductive`: a prediction
-        needs a whole batch. `source_free`: it trains on no images. None where a term does not apply.
+        `weights`: the weights at the start. `template`: the prompt of a class. `transductive`: a prediction needs a
+        whole batch. `source_free`: it trains on no images. None for a condition that does not apply.
         """
         return {"weights": None, "template": None, "transductive": False, "source_free": False}
 
@@ -107,22 +104,21 @@ class Algorithm(nn.Module):
         return {name: value.detach() for name, value in self.state_dict().items() if name in trained}
 
     def training_state(self) -> dict[str, Any]:
-        """Return everything that `update` changes, so that a stopped run can go on.
+        """Return everything that `update` changes: trained weights, and the state of optimizers and schedules.
 
-        It holds the trained weights and the state of every attribute that has one: optimizers and schedules. An
-        algorithm that changes anything else overrides this method and `load_training_state`; only tensors and plain
+        An algorithm that changes anything else overrides this method and `load_training_state`. Only tensors and plain
         values, also in lists and dicts, can be loaded again.
         """
-        states = {name: value.state_dict() for name, value in self._stateful_attributes().items()}
+        states = {name: value.state_dict() for name, value in self.find_stateful_attributes().items()}
         return {"weights": self.trained_state(), "states": states}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Load what `training_state` returned, into an algorithm that was built with the same arguments."""
+        """Load a `training_state` into an algorithm that was built with the same arguments."""
         self.load_state_dict(state["weights"], strict=False)
-        for name, value in self._stateful_attributes().items():
+        for name, value in self.find_stateful_attributes().items():
             value.load_state_dict(state["states"][name])
 
-    def _stateful_attributes(self) -> dict[str, Any]:
+    def find_stateful_attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if hasattr(value, "load_state_dict")}
 
 
@@ -133,13 +129,13 @@ def get_algorithm_class(name: str) -> type[Algorithm]:
 
 
 def declares_capturable(owner: object) -> bool:
-    """Return `CAPTURABLE` of the object's own class; its parents' values do not count."""
+    """Return `CAPTURABLE` of the object's own class; those of its parents do not count."""
     return bool(vars(type(owner)).get("CAPTURABLE"))
 
 
 @contextlib.contextmanager
 def restore_batch_norms(module: nn.Module) -> Iterator[None]:
-    """Restore the statistics of all batch norms at the end: for passes that are not training steps."""
+    """Restore the statistics of all batch norms at the end, after passes that are not training steps."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
@@ -151,7 +147,7 @@ def restore_batch_norms(module: nn.Module) -> Iterator[None]:
 
 
 def to_log(statistics: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> Metrics:
-    """Return detached statistics; in a stock DomainBed checkout as floats, which its loop averages with NumPy."""
+    """Return detached statistics; as floats in a stock DomainBed checkout, whose loop averages with NumPy."""
     if hparams["input_norm"] != "imagenet":
         return {name: value.detach() for name, value in statistics.items()}
     return {name: value.item() for name, value in statistics.items()}

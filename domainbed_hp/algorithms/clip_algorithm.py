@@ -1,10 +1,8 @@
-"""The base of the CLIP methods: an image tower, frozen until a subclass unfreezes it, and a text side.
+"""The base of the CLIP methods: an image tower and a text side, which are independent.
 
-The two are independent. A subclass is an image side: it unfreezes or adds parameters of `tower` and calls `train_with`.
-The text side is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp.prompts`.
+A subclass is an image side: it unfreezes or adds parameters of the frozen `tower` and calls `train_with`. The text side
+is hparam `prompt`: a template, CoOp, ...; see `domainbed_hp.prompts`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -13,17 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import (
-    Algorithm,
-    Metrics,
-    Minibatch,
-    declares_capturable,
-    to_log,
-)
+from domainbed_hp.algorithms.base import Algorithm, Metrics, Minibatch, declares_capturable, to_log
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import find_clip, load_clip
 from domainbed_hp.networks.compiled import compile_blocks
-from domainbed_hp.networks.fused import fused_adamw
+from domainbed_hp.networks.fused import make_fused_adamw
 from domainbed_hp.networks.preprocess import Normalise, Preprocess
 from domainbed_hp.networks.vit import Trace, VisionTower
 from domainbed_hp.prompts.base import load_text_side_class, make_text_side
@@ -49,10 +41,9 @@ ADAMW_HPARAMS = {
 
 
 class ClipAlgorithm(Algorithm):
-    """CLIP: logits = T * cos(image feature, text feature of the class), or what another text side computes.
+    """CLIP: logits = T * cos(image feature, text feature of the class), or those of another text side.
 
-    Nothing of the image tower trains until a subclass unfreezes or adds parameters and calls `train_with`. A text side
-    that trains has an optimizer of its own. A method with a loss of its own overrides `backward`.
+    A text side that trains has its own optimizer. A method with its own loss overrides `backward`.
     """
 
     HPARAMS = CLIP_HPARAMS
@@ -128,8 +119,8 @@ class ClipAlgorithm(Algorithm):
         compile_blocks(self)
 
     def train_with(self, *groups: dict[str, Any]) -> None:
-        """Train these parameter groups by AdamW with a cosine schedule."""
-        self.optimizer = fused_adamw(groups)
+        """Make the optimizer, AdamW, and its cosine schedule of these parameter groups."""
+        self.optimizer = make_fused_adamw(groups)
         self.schedule = self.make_cosine_schedule(self.optimizer)
 
     def make_cosine_schedule(
@@ -171,8 +162,8 @@ class ClipAlgorithm(Algorithm):
     def compute_gradients(self, minibatches: list[Minibatch]) -> dict[str, Tensor]:
         """Set the gradients of one step and return detached statistics, means over all images.
 
-        With `accumulate`, the gradients of several parts of the minibatches add up to those of the whole. A term that
-        couples images (an MMD, a contrastive loss, DPL's mean over a domain) is then the mean over the parts.
+        With `accumulate`, the gradients of several parts of the minibatches add up. A term that couples images (an MMD,
+        a contrastive loss, DPL's mean over a domain) is then the mean over the parts.
         """
         self.zero_grad()
         count = self.hparams["accumulate"]
@@ -189,7 +180,7 @@ class ClipAlgorithm(Algorithm):
         `weight` is the share of these images in the step. A returned value is logged; it trains nothing.
         """
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
-        ce = F.cross_entropy(self.classify(self.encode(x), domain_sizes(minibatches)), y)
+        ce = F.cross_entropy(self.classify(self.encode(x), count_images(minibatches)), y)
         backpropagate(weight * ce)
         return {"ce": ce}
 
@@ -217,10 +208,10 @@ class ClipAlgorithm(Algorithm):
 
 def split_minibatches(minibatches: list[Minibatch], count: int) -> list[tuple[list[Minibatch], float]]:
     """Split all environments' minibatches into `count` parts. Return each part with its share of the images."""
-    total = sum(domain_sizes(minibatches))
+    total = sum(count_images(minibatches))
     split = [zip(x.tensor_split(count), y.tensor_split(count), strict=True) for x, y in minibatches]
     parts = map(list, zip(*split, strict=True))
-    return [(part, sum(domain_sizes(part)) / total) for part in parts]
+    return [(part, sum(count_images(part)) / total) for part in parts]
 
 
 def backpropagate(loss: Tensor) -> None:
@@ -229,7 +220,7 @@ def backpropagate(loss: Tensor) -> None:
         loss.backward()
 
 
-def domain_sizes(minibatches: list[Minibatch]) -> list[int]:
+def count_images(minibatches: list[Minibatch]) -> list[int]:
     """Return the number of images of each environment."""
     return [len(y) for _, y in minibatches]
 

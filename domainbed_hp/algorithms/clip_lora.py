@@ -1,7 +1,5 @@
 """CLIP-LoRA (Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR Workshops 2024)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CLIPood (Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions", ICML 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.algorithms.clip_algorithm import backpropagate, domain_sizes
+from domainbed_hp.algorithms.clip_algorithm import backpropagate, count_images
 from domainbed_hp.algorithms.fine_tune_clip import FineTuneCLIP
 from domainbed_hp.hparams_registry import TRAINING_HPARAMS, HParam, log_uniform
-from domainbed_hp.prompts.base import load_text_side_class, similarity, unit
+from domainbed_hp.prompts.base import compute_similarity, load_text_side_class, unit
 from domainbed_hp.registry import UsageError
 
 
 class CLIPood(FineTuneCLIP):
-    """Fine-tuning by a margin metric softmax: classes whose text is far from the right one's must be further away.
+    """Fine-tuning by a margin metric softmax: in the loss, logits_j = T (<I, t_j> - margin <t_y, t_j>).
 
-    In the loss, logits_j = T (<I, t_j> - margin <t_y, t_j>). The scored weights are an average over training, weighted
-    by a Beta distribution. Trainable parameters: the image tower; ViT-B/16 86,192,640.
+    The scored weights are an average over training, weighted by a Beta distribution.
+    Trainable parameters: the image tower; ViT-B/16 86,192,640.
     """
 
     CAPTURABLE = True
@@ -44,10 +42,10 @@ class CLIPood(FineTuneCLIP):
         """Add the gradients of `weight` times the margin metric softmax."""
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
         images = unit(self.encode(x))  # (B, E)
-        text = self.text.class_features(images, domain_sizes(minibatches))  # (C, E) or (B, C, E)
+        text = self.text.compute_class_features(images, count_images(minibatches))  # (C, E) or (B, C, E)
         fixed = unit(text.detach())  # a text side that trains could shrink its own margins
         right = fixed[y] if fixed.dim() == 2 else fixed[torch.arange(len(y), device=y.device), y]  # (B, E)
-        margins = self.hparams["margin"] * similarity(right, fixed)  # (B, C)
-        ce = F.cross_entropy(self.logit_scale * (similarity(images, text) - margins), y)
+        margins = self.hparams["margin"] * compute_similarity(right, fixed)  # (B, C)
+        ce = F.cross_entropy(self.logit_scale * (compute_similarity(images, text) - margins), y)
         backpropagate(weight * ce)
         return {"ce": ce}

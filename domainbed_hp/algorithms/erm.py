@@ -1,7 +1,5 @@
 """ERM, empirical risk minimization (Vapnik, 1998): DomainBed's baseline, algorithms.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,7 +19,7 @@ SMALL_BACKBONE = (*SMALL_IMAGES, "ShapesDG")
 
 
 def on_small_images(default: Any, sample: Callable[[np.random.RandomState], Any] | None = None) -> dict[str, HParam]:
-    """Return `by_dataset` of an hparam that has this default and sampler on small images."""
+    """Return `by_dataset` of an hparam with this default and sampler on small images."""
     return dict.fromkeys(SMALL_BACKBONE, HParam(default, sample))
 
 
@@ -94,10 +92,8 @@ class ERM(Algorithm):
 
     @classmethod
     def describe_protocol(cls, hparams: dict[str, Any]) -> dict[str, Any]:
-        weights = {
-            "clip": f"{hparams['clip_model']}, {hparams['clip_pretrained']}",
-            "small": None,
-        }.get(hparams["backbone"], f"{hparams['backbone']}, {hparams['backbone_weights']}")
+        backbone, clip = hparams["backbone"], f"{hparams['clip_model']}, {hparams['clip_pretrained']}"
+        weights = {"clip": clip, "small": None}.get(backbone, f"{backbone}, {hparams['backbone_weights']}")
         return super().describe_protocol(hparams) | {"weights": weights}
 
     def update(self, minibatches: list[Minibatch], unlabeled: list[Tensor] | None = None) -> Metrics:

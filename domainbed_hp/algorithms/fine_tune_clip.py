@@ -10,9 +10,9 @@ class FineTuneCLIP(ClipAlgorithm):
     """Every parameter of the image tower trains, by cross-entropy over the text features; AdamW, cosine.
 
     The defaults are those of CLIPood (Shu et al., 2023), without margin and averaging.
-    With prompt=from_text and average=wise it is WiSE-FT (Wortsman et al., CVPR 2022): the classifier starts at the text
-    features and trains as well, and the weights are averaged with the zero-shot ones. WiSE-FT has lr 3e-5 for all. Its
-    classifier contains the factor T = 100 and ours does not; there the same lr is a prompt_lr of 3e-7.
+    With prompt=from_text and average=wise it is WiSE-FT (Wortsman et al., CVPR 2022): the classifier trains from the
+    text features, and the weights are averaged with the zero-shot ones. WiSE-FT has lr 3e-5 for all. Its classifier
+    contains the factor T = 100 and ours does not, so that the same lr is a prompt_lr of 3e-7.
     Trainable parameters: the image tower; ViT-B/16 86,192,640.
     """
 

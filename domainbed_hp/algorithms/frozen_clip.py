@@ -23,4 +23,4 @@ class FrozenCLIP(ClipAlgorithm):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if not load_text_side_class(hparams["prompt"]).trains(hparams):
-            raise UsageError(f"FrozenCLIP: prompt={hparams['prompt']} does not train on images: use ZeroShotCLIP")
+            raise UsageError(f"FrozenCLIP: prompt={hparams['prompt']} trains at no step: use ZeroShotCLIP")

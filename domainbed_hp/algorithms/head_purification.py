@@ -9,8 +9,6 @@ arXiv 2412.07226; Image and Vision Computing 157 (2025) 105511.
 3. Cross-entropy trains adapters and gates. The MMD between source domains trains the gates alone (`backward`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_hp.algorithms.base import Minibatch
-from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, domain_sizes
+from domainbed_hp.algorithms.clip_algorithm import ADAMW_HPARAMS, CLIP_HPARAMS, ClipAlgorithm, count_images
 from domainbed_hp.algorithms.lora import LORA_HPARAMS, read_adapter_shape
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.compiled import compile_in_training
@@ -35,27 +33,25 @@ class HeadPurification(ClipAlgorithm):
     """
 
     CAPTURABLE = True
-    HPARAMS = (
-        CLIP_HPARAMS
-        | ADAMW_HPARAMS
-        | LORA_HPARAMS
-        | {
-            "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="formula of the gates"),
-            "gate_keep": HParam(0.75, help="gates=hard: share of a layer's heads whose gate is 1", at_least=0),
-            "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "gates' learning rate, a multiple of lr", at_least=0),
-            "gate_shuffle": HParam(False, help="control: evaluate with each layer's gates permuted over its heads"),
-            "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), "factor of the MMD in the loss", at_least=0),
-            "mmd_level": HParam("layers", choices=("output", "layers"), help="features that the MMD compares"),
-            "mmd_reach": HParam(
-                "local",
-                choices=("global", "local"),
-                help="mmd_level=layers: a layer's MMD trains that layer only (local) or also earlier ones (global)",
-            ),
-            "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="parameters that the MMD trains"),
-            "mmd_kernel": HParam("multi_gaussian", choices=KERNELS, help="kernel of the MMD"),
-            "strategy": HParam("joint", choices=("joint", "alternate", "two_stage"), help="what trains at which step"),
-        }
-    )
+    HPARAMS = {
+        **CLIP_HPARAMS,
+        **ADAMW_HPARAMS,
+        **LORA_HPARAMS,
+        "gates": HParam("softmax", choices=("softmax", "sigmoid", "hard", "none"), help="formula of the gates"),
+        "gate_keep": HParam(0.75, help="gates=hard: share of a layer's heads whose gate is 1", at_least=0),
+        "gate_lr_factor": HParam(10.0, log_uniform(10, 0, 2), "gates' learning rate, a multiple of lr", at_least=0),
+        "gate_shuffle": HParam(False, help="control: evaluate with each layer's gates permuted over its heads"),
+        "mmd_weight": HParam(1.0, log_uniform(10, -2, 1), "factor of the MMD in the loss", at_least=0),
+        "mmd_level": HParam("layers", choices=("output", "layers"), help="features that the MMD compares"),
+        "mmd_reach": HParam(
+            "local",
+            choices=("global", "local"),
+            help="mmd_level=layers: a layer's MMD trains that layer only (local) or also earlier ones (global)",
+        ),
+        "mmd_route": HParam("gates", choices=("gates", "adapters", "both"), help="parameters that the MMD trains"),
+        "mmd_kernel": HParam("multi_gaussian", choices=KERNELS, help="kernel of the MMD"),
+        "strategy": HParam("joint", choices=("joint", "alternate", "two_stage"), help="what trains at which step"),
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,14 +85,14 @@ class HeadPurification(ClipAlgorithm):
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of cross-entropy to adapters and gates, and those of the MMD to the gates (`mmd_route`)."""
-        frozen, use_mmd = self.stage()
+        frozen, use_mmd = self.choose_stage()
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
         sizes = [len(y) for _, y in minibatches]  # images of each domain; their sum is B
 
         trace: list[Trace] = []
         features = self.encode(x, trace)  # (B, E)
         ce = F.cross_entropy(self.classify(features, sizes), y)
-        mmd, _ = self.mmd(self.domain_features(features, trace), sizes)
+        mmd, _ = self.mmd(self.compute_domain_features(features, trace), sizes)
 
         # One backward() of the sum would send the MMD's gradient to every parameter. It goes to the routed ones alone.
         if use_mmd and mmd.requires_grad:
@@ -106,12 +102,12 @@ class HeadPurification(ClipAlgorithm):
             parameter.grad = None
         return {"ce": ce, "mmd": mmd}
 
-    def domain_features(self, features: Tensor, trace: list[Trace]) -> Tensor:
-        """Return what the MMD compares: the unit-norm image feature (B, E), or one feature per layer (L, B, D).
+    def compute_domain_features(self, features: Tensor, trace: list[Trace]) -> Tensor:
+        """Return the features that the MMD compares: of the images, unit-norm (B, E), or of every layer (L, B, D).
 
-        A layer's feature is its class token after attention is added to the residual stream, layer-normalised: CLIP's
-        residual stream grows with depth, and fixed bandwidths would saturate. With local reach the layer's input is
-        detached, so that a layer's MMD sees the parameters of this layer only.
+        A layer's feature is the layer-normalised class token of the residual stream after attention: CLIP's residual
+        stream grows with depth, and fixed bandwidths would saturate. With local reach the layer's input is detached, so
+        that a layer's MMD sees the parameters of this layer only.
         """
         if self.hparams["mmd_level"] == "output":
             return unit(features)
@@ -128,7 +124,7 @@ class HeadPurification(ClipAlgorithm):
         z = torch.stack(tokens)
         return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), z.shape[-1:])
 
-    def stage(self) -> tuple[list[nn.Parameter], bool]:
+    def choose_stage(self) -> tuple[list[nn.Parameter], bool]:
         """Return the parameters that do not train in this step, and whether the MMD trains.
 
         joint: both losses train everything. two_stage: in the first half cross-entropy trains the adapters, in the
@@ -146,11 +142,11 @@ class HeadPurification(ClipAlgorithm):
 
     def compile_parts(self) -> None:
         super().compile_parts()
-        compile_in_training(self, "domain_features")
+        compile_in_training(self, "compute_domain_features")
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, Any]:
-        """Return the gates, how far they moved, and the MMD of validation images at the first call's bandwidths."""
+        """Return the gates, their largest change, and the MMD of validation images at the first call's bandwidths."""
         gates = self.tower.compute_gates()  # (L, H)
         values: dict[str, Any] = {"gate_shift": (gates - 1).abs().max().item()}
         if self.gates:
@@ -158,7 +154,7 @@ class HeadPurification(ClipAlgorithm):
         if minibatches:
             trace: list[Trace] = []
             features = self.encode(torch.cat([x for x, _ in minibatches]), trace)
-            z = self.domain_features(features, trace)
-            mmd, self.diagnosis_scales = self.mmd(z, domain_sizes(minibatches), self.diagnosis_scales)
+            z = self.compute_domain_features(features, trace)
+            mmd, self.diagnosis_scales = self.mmd(z, count_images(minibatches), self.diagnosis_scales)
             values["val_mmd"] = mmd.item()
         return values

@@ -3,8 +3,6 @@
 Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -20,21 +18,18 @@ from domainbed_hp.registry import UsageError
 class LPFT(ClipAlgorithm):
     """First the classifier trains alone (linear probing), then the classifier and the image tower (fine-tuning).
 
-    The probe has the text side's own optimizer; fine-tuning has one learning rate for both. Each stage has its own
-    cosine schedule.
+    The probe has the text side's optimizer; fine-tuning has one learning rate. Each stage has its own cosine schedule.
     Trainable parameters: the tower and the text side; ViT-B/16 86,192,640 + 513 C.
     """
 
     # DEVIATION: the release probes to convergence, on stored features; here both stages share the steps of a run.
-    HPARAMS = (
-        CLIP_HPARAMS
-        | ADAMW_HPARAMS
-        | {
-            "prompt": replace(CLIP_HPARAMS["prompt"], default="random"),
-            "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "learning rate of fine-tuning: AdamW, cosine", at_least=0),
-            "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0),
-        }
-    )
+    HPARAMS = {
+        **CLIP_HPARAMS,
+        **ADAMW_HPARAMS,
+        "prompt": replace(CLIP_HPARAMS["prompt"], default="random"),
+        "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "learning rate of fine-tuning: AdamW, cosine", at_least=0),
+        "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0),
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

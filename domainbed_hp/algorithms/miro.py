@@ -1,9 +1,4 @@
-"""MIRO.
-
-Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022.
-"""
-
-from __future__ import annotations
+"""MIRO: Cha et al., "Domain Generalization by Mutual-Information Regularization with Pre-trained Models", ECCV 2022."""
 
 import copy
 from dataclasses import replace
@@ -13,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_hp.algorithms.base import Minibatch, Preprocess
-from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, backpropagate, domain_sizes, unfreeze
+from domainbed_hp.algorithms.base import Minibatch
+from domainbed_hp.algorithms.clip_algorithm import CLIP_HPARAMS, ClipAlgorithm, backpropagate, count_images, unfreeze
 from domainbed_hp.hparams_registry import HParam, log_uniform
-from domainbed_hp.networks.preprocess import Normalise
+from domainbed_hp.networks.preprocess import Normalise, Preprocess
 from domainbed_hp.networks.vit import Trace
 from domainbed_hp.registry import UsageError
 
@@ -53,7 +48,7 @@ class MIRO(ClipAlgorithm):
         if h["miro_released_pixels"]:
             self.tower.normalise = Normalise()
         self.tower.all_tokens = True
-        prompt_tokens, self.tower.prompt_tokens = self.tower.prompt_tokens, tuple  # the text side's are not copied
+        prompt_tokens, self.tower.prompt_tokens = self.tower.prompt_tokens, tuple  # not to copy those of the text side
         self.pretrained = copy.deepcopy(self.tower)  # stays frozen
         self.tower.prompt_tokens = prompt_tokens
         layers, width = len(self.tower.blocks), self.tower.class_embedding.shape[0]
@@ -68,17 +63,14 @@ class MIRO(ClipAlgorithm):
     @classmethod
     def preprocess(cls, hparams: dict[str, Any], image_size: int) -> Preprocess:
         preprocess = super().preprocess(hparams, image_size)
-        return (
-            preprocess._replace(resize="squash", interpolation="bilinear")
-            if hparams["miro_released_pixels"]
-            else preprocess
-        )
+        released = preprocess._replace(resize="squash", interpolation="bilinear")
+        return released if hparams["miro_released_pixels"] else preprocess
 
     def backward(self, minibatches: list[Minibatch], weight: float) -> dict[str, Tensor]:
         """Add the gradients of `weight` times the sum of cross-entropy and the weighted penalty."""
         x, y = map(torch.cat, zip(*minibatches, strict=True))  # (B, 3, S, S), (B,)
         trace: list[Trace] = []
-        ce = F.cross_entropy(self.classify(self.encode(x, trace), domain_sizes(minibatches)), y)
+        ce = F.cross_entropy(self.classify(self.encode(x, trace), count_images(minibatches)), y)
         penalty = self.hparams["miro_weight"] * self.compute_penalty(x, trace)
         backpropagate(weight * (ce + penalty))
         return {"ce": ce, "miro": penalty}

@@ -1,7 +1,5 @@
 """VPT (Jia et al., "Visual Prompt Tuning", ECCV 2022), on CLIP as in MaPLe's comparison (Khattak et al., CVPR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from domainbed_hp.registry import UsageError
 
 
 class VPT(ClipAlgorithm):
-    """Learned tokens behind those of the image. deep: in every layer, in place of the outputs of the layer before's.
+    """Learned tokens behind those of the image. deep: every layer has its own, in place of those of the layer before.
 
     Trainable parameters: n D per layer with tokens; ViT-B/16 73,728 deep, 6,144 shallow.
     """
@@ -24,9 +22,7 @@ class VPT(ClipAlgorithm):
     CAPTURABLE = True
     HPARAMS = CLIP_HPARAMS | {
         "vpt_depth": HParam(
-            "deep",
-            choices=("deep", "shallow"),
-            help="learned tokens in every layer, or in the first layer only",
+            "deep", choices=("deep", "shallow"), help="learned tokens in every layer, or in the first layer only"
         ),
         "vpt_tokens": HParam(8, choice(4, 8, 16), "n: number of learned tokens per layer", at_least=1),
         "lr": HParam(2.5e-3, log_uniform(10, -3.5, -1), "learning rate of SGD, momentum 0.9, cosine to 0", at_least=0),

@@ -22,4 +22,4 @@ class ZeroShotCLIP(ClipAlgorithm):
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
         if load_text_side_class(hparams["prompt"]).trains(hparams):
-            raise UsageError(f"ZeroShotCLIP: prompt={hparams['prompt']} trains on images: use FrozenCLIP")
+            raise UsageError(f"ZeroShotCLIP: prompt={hparams['prompt']} trains at every step: use FrozenCLIP")

@@ -1,7 +1,5 @@
 """Random images that need no disk: DomainBed's Debug28 and Debug224 (datasets.py), for tests and dry runs."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

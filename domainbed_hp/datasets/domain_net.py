@@ -17,8 +17,7 @@ def remove_duplicates(folder: Path) -> None:
         path = folder / line
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{DUPLICATES}: {line!r} leaves the folder of the data set. Download it again")
-        # A file that a mirror has already removed is no error: the counts show if the result is right.
-        missing += not path.exists()
+        missing += not path.exists()  # a mirror may have removed it; the counts show if the result is right
         path.unlink(missing_ok=True)
     if missing:
         print(f"DomainNet: {missing:,} of the listed duplicates were not in the archives")

@@ -1,6 +1,4 @@
-"""Read `domain/class/image` folders, in the order in which torchvision's ImageFolder does."""
-
-from __future__ import annotations
+"""Read `domain/class/image` folders in the order of torchvision's ImageFolder."""
 
 import hashlib
 import io
@@ -41,11 +39,8 @@ class FolderImages:
             raise UsageError(f"{self.paths[i]}: cannot decode this image ({error}). Copy it again.") from error
 
     def fingerprint(self) -> str:
-        """Return a digest of names, labels, sizes, and times of change of contents and inodes.
-
-        A copy of a folder therefore has another digest. Modification times alone are not enough: they come from the
-        archive, and two folders unpacked from different archives may have the same ones.
-        """
+        """Return a digest of names, labels, sizes, and times of change; a copy of a folder has another digest."""
+        # Modification times alone are not enough: files that are unpacked from different archives may have the same.
         digest = hashlib.sha256()
         root = os.path.commonpath(self.paths)
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
@@ -70,10 +65,7 @@ class FolderContents:
 
 
 def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], list[FolderImages]]:
-    """Return the class names and one `FolderImages` for every environment; `UsageError` lists everything that is wrong.
-
-    Reads names and image headers; decodes nothing.
-    """
+    """Return the class names, and the images of every environment with headers checked; errors as `find_images`."""
     root = data_dir / spec.folder
     contents = find_images(spec, root, headers=True)
     print_build(spec, root, contents.counts)
@@ -81,10 +73,7 @@ def read_folder(spec: DatasetSpec, data_dir: Path) -> tuple[tuple[str, ...], lis
 
 
 def find_images(spec: DatasetSpec, root: Path, *, headers: bool = False) -> FolderContents:
-    """Find the image files in `root` by their names, and with `headers` check how they begin.
-
-    `UsageError` lists everything that is wrong.
-    """
+    """Find the image files in `root`, with `headers` also open them; `UsageError` lists everything that is wrong."""
     try:
         contents = scan_folder(spec, root)
     except OSError as error:
@@ -103,10 +92,9 @@ def find_images(spec: DatasetSpec, root: Path, *, headers: bool = False) -> Fold
 
 
 def print_build(spec: DatasetSpec, folder: Path, counts: tuple[int, ...]) -> None:
-    """Print to stderr the build of the data set where several are known, or a warning where it is of none."""
+    """Print to stderr the data set's build, if several are known, or a warning for counts of no known build."""
     build = find_build(spec, counts)
-    if build is None:
-        # Not warnings.warn: an unknown count is no reason to stop where warnings are errors.
+    if build is None:  # not warnings.warn, which may be an error: an unknown count is no reason to stop
         print(
             f"warning: {spec.name} in {folder} has {counts} images per environment, {describe_counts(spec)}",
             file=sys.stderr,
@@ -116,7 +104,7 @@ def print_build(spec: DatasetSpec, folder: Path, counts: tuple[int, ...]) -> Non
 
 
 def scan_folder(spec: DatasetSpec, root: Path) -> FolderContents:
-    """List the contents of `root`, by names alone; `OSError` where it cannot be read."""
+    """Return the contents of `root`, by names alone; `OSError` where it cannot be read."""
     domains = list_subfolders(root)
     problems = compare_names(f"environment folder of {root}", spec.domain_folders, domains)
     classes = {}
@@ -125,7 +113,7 @@ def scan_folder(spec: DatasetSpec, root: Path) -> FolderContents:
             classes[domain] = list_subfolders(root / domain)
         except OSError as error:
             problems.append(f"cannot read {root / domain}: {error.strerror}")
-    # DEVIATION: DomainBed numbers the classes of each environment by itself; a missing folder shifts its labels.
+    # DEVIATION: DomainBed numbers the classes of each environment apart, so that a missing folder shifts its labels.
     names = spec.class_names or tuple(sorted(set().union(*classes.values())))
     if classes and len(names) != spec.num_classes:
         problems.append(f"got {len(names)} classes in all, expected {spec.num_classes}")
@@ -135,22 +123,19 @@ def scan_folder(spec: DatasetSpec, root: Path) -> FolderContents:
         problems += compare_names(f"class folder of {root / domain}", names, folders)
         files = [(path, label) for label, name in enumerate(names) for path in list_images(root / domain / name)]
         labels = {label for _, label in files}
-        problems += [
-            f"no images in {root / domain / name}"
-            for label, name in enumerate(names)
-            if name in folders and label not in labels
-        ]
+        empty = [name for label, name in enumerate(names) if name in folders and label not in labels]
+        problems += [f"no images in {root / domain / name}" for name in empty]
         environments[domain] = FolderImages([path for path, _ in files], np.array([label for _, label in files], int))
     return FolderContents(names, environments, problems)
 
 
 def find_build(spec: DatasetSpec, counts: tuple[int, ...]) -> str | None:
-    """Return the name of the build with these images per environment; "" for the only build, None for no known one."""
+    """Return the name of the build with these counts; "" for the only known build, None for no known build."""
     return next((name for name, known in spec.builds.items() if counts == known), None if spec.builds else "")
 
 
 def describe_counts(spec: DatasetSpec) -> str:
-    """Return the expected numbers of images in words, for a message that names other numbers."""
+    """Return the expected numbers of images in words, for a message."""
     known = [f"{counts}" + (f" (the build {name})" if name else "") for name, counts in spec.builds.items()]
     return f"expected {' or '.join(known)}; published results are of {'one of these' if len(known) > 1 else 'these'}"
 
@@ -169,7 +154,7 @@ def compare_names(kind: str, expected: Collection[str], actual: Collection[str])
 
 
 def is_ignored(name: str) -> bool:
-    """Return True for a hidden name and for the litter of archive programs."""
+    """Return whether a name is hidden, or litter of archive programs."""
     return name.startswith(".") or name == "__MACOSX"
 
 

@@ -18,10 +18,9 @@ FOLDER = "folder:"
 
 
 def find_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
-    """Return the spec registered as `name`, or of the user's own folder `folder:PATH`, absolute or under `data_dir`.
+    """Return the spec registered as `name`, or that of the user's `folder:PATH`, absolute or under `data_dir`.
 
-    The sub-folders of such a folder are the environments, and theirs are the classes. `open_dataset` checks that all
-    environments have the same classes.
+    Its sub-folders are the environments, and theirs are the classes. `open_dataset` compares the classes.
     """
     if not name.startswith(FOLDER):
         spec: DatasetSpec = load(DATASETS, "dataset", name)
@@ -42,10 +41,7 @@ def find_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
 
 
 def open_dataset(spec: DatasetSpec, data_dir: Path | None, preprocess: Preprocess) -> Dataset:
-    """Open all environments of a data set with images for `preprocess`; prepared images are used where there are any.
-
-    `UsageError` lists everything that is wrong.
-    """
+    """Open a data set with images for `preprocess`, prepared ones if there are; `UsageError` lists all problems."""
     if spec.build is not None:
         names = spec.class_names or tuple(str(i) for i in range(spec.num_classes))
         return Dataset(spec, names, [DecodedViews(images, preprocess) for images in spec.build()], "made")

@@ -93,17 +93,17 @@ class DatasetSpec:
     """Labels of the environments, as DomainBed's ENVIRONMENTS."""
     num_classes: int
     class_names: tuple[str, ...] | None = None
-    """Class names in the order of the labels; None: the sorted names of the class folders."""
+    """Names in the order of the labels. None: the sorted names of the class folders."""
     folder: str = ""
     domain_folders: tuple[str, ...] = ()
     image_counts: tuple[int, ...] = ()
-    """Images per environment; empty: not known for certain."""
+    """Images per environment. Empty: not known for certain."""
     build_name: str = ""
-    """Name of the build with these images, where other builds are in circulation."""
+    """Name of the build with these counts, if other builds are in circulation."""
     other_builds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Name -> images per environment of other builds in circulation, with which published results were made."""
+    """Name -> images per environment of other builds, with which published results were made."""
     image_size: int = 224
-    """Height and width of x for algorithms without a tower of their own."""
+    """Height and width of x for algorithms without a CLIP tower."""
     steps: int = 5001
     checkpoint_freq: int = 300
     licence: str = ""
@@ -111,13 +111,13 @@ class DatasetSpec:
     homepage: str = ""
     archives: tuple[Archive, ...] = ()
     arrange: Callable[[Path], None] | None = None
-    """Function that sorts the unpacked archives into `domain_folders`, where they do not have these folders."""
+    """Function that sorts the unpacked archives into `domain_folders`, if they have other folders."""
     build: Callable[[], list[Images]] | None = None
     """Function that makes the images of all environments; such a data set needs no `data_dir`."""
 
     @property
     def builds(self) -> dict[str, tuple[int, ...]]:
-        """Name -> images per environment of every known build, its own first."""
+        """Name -> images per environment of every known build, the spec's own first."""
         return {self.build_name: self.image_counts, **self.other_builds} if self.image_counts else {}
 
 

@@ -1,7 +1,5 @@
 """Split environments: `in` to train on, `out` held out, `uda` the unlabeled images of a test environment."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -24,10 +22,10 @@ def split_environments(
     holdout_fraction: float = 0.2,
     uda_holdout_fraction: float = 0.0,
 ) -> list[dict[str, list[int]]]:
-    """Return the indices of the splits {"in", "out"[, "uda"]} of every environment, a function of the trial seed alone.
+    """Return {"in": indices, "out": ..., "uda": ...} of every environment, drawn by the trial seed alone.
 
     `lengths` are the numbers of images. Test environments give `uda_holdout_fraction` of their `in` to `uda`, which is
-    left out where it is empty. Source: DomainBed's scripts/train.py.
+    left out if it is empty. Source: DomainBed's scripts/train.py.
     """
     # DEVIATION: DomainBed names uda splits by their position among uda splits; here they belong to their environment.
     for name, fraction in (("holdout_fraction", holdout_fraction), ("uda_holdout_fraction", uda_holdout_fraction)):

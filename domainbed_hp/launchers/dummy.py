@@ -1,4 +1,4 @@
-"""The launcher `dummy`: prints the commands and runs none."""
+"""The launcher `dummy` prints the commands and runs none."""
 
 import shlex
 

@@ -1,4 +1,4 @@
-"""The launcher `multi_gpu`: jobs are processes on this machine, with one of its GPUs each."""
+"""The launcher `multi_gpu`: jobs are processes on this machine, every one with one of its GPUs."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def launch(commands: list[list[str]], jobs_per_gpu: int = 1) -> list[int]:
 
 
 def find_gpus() -> list[str]:
-    """Return the GPUs that may be used, as CUDA_VISIBLE_DEVICES names them: indices, UUIDs or beginnings of UUIDs."""
+    """Return the usable GPUs as CUDA_VISIBLE_DEVICES names them: indices, UUIDs or beginnings of UUIDs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         devices = [str(index) for index in range(count_gpus())]
@@ -41,12 +41,11 @@ def find_gpus() -> list[str]:
 
 
 def count_gpus() -> int:
-    """Return the number of GPUs of this machine, by nvidia-smi or by torch in a process of its own, which is slower."""
+    """Return the number of GPUs of this machine, by nvidia-smi or by torch in another process, which is slower."""
     if shutil.which("nvidia-smi"):
         result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
         if result.returncode == 0:
             return sum(line.startswith("GPU ") for line in result.stdout.splitlines())
-    result = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True
-    )
+    code = "import torch; print(torch.cuda.device_count())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return int(result.stdout) if result.returncode == 0 else 0

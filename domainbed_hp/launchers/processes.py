@@ -1,8 +1,8 @@
 """The parts that launchers share: the process of a job, the log of its stderr, and the loop that starts all jobs.
 
-A job is an argv list that names the folder of its run by `--output_dir`. Its exit code is 0 if the run is done;
-`EXIT_TAKEN` if it was done before, or another process works on it; 128 + n if signal n stopped it and its state is
-saved; and -n if signal n killed it.
+A job is a command line that names the folder of its run by `--output_dir`. Its exit code is 0 if the run is done,
+`EXIT_TAKEN` if it was done before or another process works on it, 128 + n if signal n stopped it and its state is
+saved, and -n if signal n killed it.
 """
 
 import os
@@ -22,9 +22,9 @@ from domainbed_hp.registry import UsageError
 from domainbed_hp.run_dir import EXIT_TAKEN, LAUNCH_LOG, State
 
 POLL_S = 0.05
-"""Time between two looks at the processes that run."""
+"""Seconds between two looks at the processes."""
 GRACE_S = 60.0
-"""Time that jobs have to save their state when their launcher is interrupted."""
+"""Seconds that jobs have to save their state when their launcher is interrupted."""
 
 
 def get_folder(command: Sequence[str]) -> Path:
@@ -47,13 +47,13 @@ def make_environment(parallel: int, **variables: str) -> dict[str, str]:
 
 
 def get_signal_name(code: int) -> str:
-    """Return the name of the signal that stopped or killed a job with this exit code, and "" for other codes."""
+    """Return the name of the signal that stopped or killed a job with this exit code, "" for other codes."""
     number = code - 128 if code > 128 else -code
     return signal.Signals(number).name if number in signal.valid_signals() else ""
 
 
 def was_stopped(code: int) -> bool:
-    """Return whether a job with this exit code was asked to stop. Launched again, it resumes."""
+    """Return whether a job with this exit code was stopped by a signal. It resumes when it is launched again."""
     return get_signal_name(code) in ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
@@ -62,10 +62,7 @@ class FolderNotWritable(UsageError):
 
 
 class LaunchLog:
-    """`launch.log` in the folder of a job, which gets the stderr of its process.
-
-    It holds errors that occur before `train` opens files of its own, such as an import error. Each launch appends.
-    """
+    """`launch.log` in the folder of a job: the stderr of its processes, such as errors of imports."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LAUNCH_LOG
@@ -77,11 +74,11 @@ class LaunchLog:
         self.start = self.file.tell()
 
     def close(self, code: int) -> list[str]:
-        """Return the lines that this launch wrote. `code` is the job's exit code; an empty log is removed."""
+        """Return the lines that this launch wrote, and remove an empty log. `code` is the job's exit code."""
         with self.file:  # read by its handle: another launcher may have removed the file
             self.file.seek(0)
             text = self.file.read()
-        if not text and code != EXIT_TAKEN:  # a taken job's log may be the one of another launcher
+        if not text and code != EXIT_TAKEN:  # the log of a taken job may be another launcher's
             self.path.unlink(missing_ok=True)
         return text[self.start :].decode(errors="replace").strip().splitlines()
 
@@ -95,7 +92,6 @@ class Slot:
         self.process: subprocess.Popen[bytes]
 
     def start(self, command: Sequence[str]) -> None:
-        """Start the process of a job."""
         self.log = LaunchLog(get_folder(command))
         self.process = subprocess.Popen(
             command,
@@ -108,10 +104,9 @@ class Slot:
 
 
 def choose_jobs(commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, bool]]:
-    """Yield the index of every job, and whether to start it: not a job that is done or running at that moment.
+    """Yield the index of every job, and whether to start it: False for a job that is done or running at that moment.
 
-    Jobs that seem to run on another host come last. They are watched together, for a minute at most, and started if
-    that host died.
+    Jobs that seem to run on another host come last: they are watched for a minute, and started if the host died.
     """
     remote: dict[Path, int] = {}
     for index, command in enumerate(commands):
@@ -128,8 +123,8 @@ def choose_jobs(commands: Sequence[Sequence[str]]) -> Iterator[tuple[int, bool]]
 def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[int]:
     """Run every command in the first free slot, and return the exit codes in the order of the commands.
 
-    A job that `choose_jobs` leaves out has the code `EXIT_TAKEN`. A job that fails, or whose folder cannot be written
-    to, is reported on stderr, and the others are run. An interrupt stops the jobs that run.
+    A job that is not started has the code `EXIT_TAKEN`. A failure is reported on stderr and does not stop the others.
+    An interrupt stops the jobs that run.
     """
     codes = [EXIT_TAKEN] * len(commands)
     waiting, free = choose_jobs(commands), deque(slots)
@@ -167,9 +162,7 @@ def run_all(commands: Sequence[Sequence[str]], slots: Sequence[Slot]) -> list[in
 def report_failure(command: Sequence[str], code: int, lines: Sequence[str]) -> None:
     """Print to stderr how a job ended, unless it is done or taken: exit code, folder and the last line of its error.
 
-    Args:
-        code: the exit code of the job.
-        lines: what the job wrote to stderr; the last one is printed where the run left no `err.txt`.
+    `lines` are the job's stderr; the last one is printed if the run left no `err.txt`.
     """
     if code in (0, EXIT_TAKEN):
         return

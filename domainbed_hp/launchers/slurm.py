@@ -1,8 +1,7 @@
 """The launcher `slurm`: jobs are entries of Slurm job arrays, submitted by submitit.
 
 The nodes share the disk and the Python of the launcher. A job that runs out of time or is pre-empted saves its
-state, is queued again and resumes. Jobs go on if their launcher ends; the next launcher waits for those that are still
-queued or running, and submits none of them again.
+state, is queued again and resumes. Jobs go on if their launcher ends; the next launcher waits for them.
 """
 
 import contextlib
@@ -29,17 +28,17 @@ DEFAULT_MINUTES = 240
 MIN_MINUTES = 5
 """Smallest --slurm time: jobs stop 90 s before the end."""
 MAX_TIMEOUTS = 1000
-"""Number of times that a job may run out of time; it resumes, so that is no failure."""
+"""Largest number of times that a job may run out of time; it resumes every time."""
 MAX_ARRAY_SIZE = 1000
 """Largest number of jobs in an array; Slurm's default limit is 1001."""
 IDS_FILE = "jobs.txt"
-"""File in the folder `slurm` with a line per submitted job: the name of its folder and its Slurm id."""
+"""File in the folder `slurm` with a line for every submitted job: the name of its folder and its Slurm id."""
 GONE = "GONE"
-"""The state, in this module, of a job that Slurm does not list any more."""
+"""State of a job that Slurm does not list any more."""
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", GONE}
-"""States of jobs that do not run and are not queued."""
+"""States of jobs that neither run nor are queued."""
 POLL_S = 30.0
-"""Longest time between two calls of squeue; in the first minutes of a launch it is shorter."""
+"""Longest time in seconds between two calls of squeue; in the first minutes of a launch it is shorter."""
 
 
 def launch(
@@ -77,7 +76,7 @@ def launch(
 
 
 class NodeJob:
-    """The function that submitit calls on the node: it runs the command in a process of its own."""
+    """The function that submitit calls on the node. It runs the command in another process."""
 
     process: subprocess.Popen[bytes] | None = None
 
@@ -93,7 +92,7 @@ class NodeJob:
         slot.log.close(code)
         if was_stopped(code):
             requeue()
-            sys.exit(code)  # without a result, because the job is not over unless it was cancelled
+            sys.exit(code)  # without a result: the job is not over unless it was cancelled
         return code
 
     def checkpoint(self, command: list[str]) -> Any:
@@ -108,7 +107,7 @@ class NodeJob:
 
 
 def requeue() -> None:
-    """Queue this job again, unless Slurm is ending it: a job that got a signal all the same is being pre-empted."""
+    """Queue this job again, unless Slurm is ending it: a job that runs and got a signal is being pre-empted."""
     from submitit import JobEnvironment
 
     job = JobEnvironment().job_id
@@ -190,7 +189,7 @@ def read_states() -> dict[str, str]:
 
 
 def wait_for_jobs(ids: Mapping[int, str], total: int) -> Iterator[tuple[int, str]]:
-    """Yield the index and the last state of every job, when it has ended."""
+    """Yield the index and the last state of every job as it ends."""
     left, start = dict(ids), time.monotonic()
     with tqdm(total=total, initial=total - len(ids), unit="job", disable=None) as bar:
         while left:
@@ -210,7 +209,7 @@ def wait_for_jobs(ids: Mapping[int, str], total: int) -> Iterator[tuple[int, str
 
 
 def read_outcome(command: Sequence[str], logs: Path, job: str, last_state: str) -> tuple[int, list[str]]:
-    """Return the exit code of an ended job, and lines that say why. Without a result it was cancelled or killed."""
+    """Return the exit code of an ended job and the reason in lines. A job without a result was cancelled or killed."""
     from submitit import SlurmJob
 
     result: SlurmJob[int] = SlurmJob(logs, job)

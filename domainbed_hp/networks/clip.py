@@ -1,9 +1,4 @@
-"""CLIP from open_clip: find a checkpoint, load it, encode prompts, export it.
-
-Preprocessing belongs to the weights: image size, interpolation and normalisation come with them.
-"""
-
-from __future__ import annotations
+"""CLIP from open_clip: find a checkpoint with its preprocessing, load it, encode prompts, export it."""
 
 import json
 import shutil
@@ -37,12 +32,12 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Model and weights of a CLIP, known without building it."""
+    """Names and configuration of a CLIP that is not built yet."""
 
     name: str
     """Name for open_clip: a model name, or `local-dir:` and a folder."""
     pretrained: str | None
-    """Tag or checkpoint file. None: the weights in the folder, or random ones."""
+    """Tag or checkpoint file. None: the weights in the folder, or random weights."""
     random: bool
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
@@ -59,9 +54,9 @@ class ClipSource:
 
 
 def find_clip(model: str, pretrained: str) -> ClipSource:
-    """Resolve `clip_model` and `clip_pretrained`. `UsageError` for unknown, missing or unsupported ones.
+    """Return the CLIP of hparams `clip_model` and `clip_pretrained`; `UsageError` if it is unknown or unsupported.
 
-    `pretrained` is a tag, a checkpoint file, `local-dir:FOLDER` (which brings its own model) or `random`.
+    `pretrained` is a tag, a checkpoint file, `local-dir:FOLDER` (with a model of its own) or `random`.
     """
     random = pretrained == "random"
     checkpoint: str | None = None
@@ -71,26 +66,25 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     elif model == "mini":
         name = LOCAL_DIR + str(MINI)
         if pretrained != "shapes" and not random:
-            checkpoint = _checkpoint_file(pretrained, ["shapes"])
+            checkpoint = check_checkpoint(pretrained, ["shapes"])
     else:
         name = model
         if model not in open_clip.list_models():
-            raise unknown_name("clip_model", model, ["mini", *filter(_is_supported, open_clip.list_models())])
-        _check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
+            raise unknown_name("clip_model", model, ["mini", *filter(is_supported, open_clip.list_models())])
+        check_tower(model, open_clip.get_model_config(model)["vision_cfg"])
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained in tags:
             checkpoint, preprocess = pretrained, open_clip.get_pretrained_cfg(model, pretrained)
-            _check_gelu(model, pretrained)
+            check_gelu(model, pretrained)
         elif not random:
-            checkpoint = _checkpoint_file(pretrained, tags)
+            checkpoint = check_checkpoint(pretrained, tags)
     if name.startswith(LOCAL_DIR):
-        config = _read_config(Path(name.removeprefix(LOCAL_DIR)))
+        config = read_config(Path(name.removeprefix(LOCAL_DIR)))
         model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-        _check_tower(name, model_cfg["vision_cfg"])
+        check_tower(name, model_cfg["vision_cfg"])
     else:
         model_cfg = open_clip.get_model_config(model)
-    defaults = vars(PreprocessCfg())
-    preprocess = merge_preprocess_dict(defaults, preprocess)
+    preprocess = merge_preprocess_dict(vars(PreprocessCfg()), preprocess)
     if preprocess["resize_mode"] not in ("shortest", "squash"):
         raise UsageError(f"{name}: got resize_mode {preprocess['resize_mode']!r}, known: shortest, squash")
     return ClipSource(name, checkpoint, random, model_cfg, preprocess)
@@ -98,7 +92,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
 
 @dataclass
 class Clip:
-    """A loaded CLIP. Its text tower is freed with it, unless `text_tower` was called; the image tower is not."""
+    """A loaded CLIP. Its text tower is freed with it, unless `make_text_tower` was called."""
 
     source: ClipSource
     visual: VisionTower
@@ -111,31 +105,27 @@ class Clip:
         return self.visual.embed_dim
 
     @torch.no_grad()
-    def text_features(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return unit-norm text features (len(prompts), E)."""
-        return encode_prompts(self._model, self.source, prompts)
+        tokenize, encode = make_tokenizer(self.source), self._model.encode_text
+        batches = [encode(tokenize(list(prompts[i : i + 256]))) for i in range(0, len(prompts), 256)]
+        return F.normalize(torch.cat(batches).float(), dim=-1)
 
-    def text_tower(self) -> TextTower:
-        """Return the text tower, frozen, for prompts with learned vectors. Call it once, after `text_features`."""
+    def make_text_tower(self) -> TextTower:
+        """Return the text tower, frozen, for prompts with learned vectors. Call it once, after `encode_prompts`."""
         if not isinstance(self._model, open_clip.CLIP):
             raise UsageError(f"{self.source.name}: this prompt needs the text tower of a CLIP; use prompt=template")
-        return TextTower(self._model, _tokenizer(self.source), self.source.random).requires_grad_(False)
-
-
-def encode_prompts(clip: open_clip.CLIP, source: ClipSource, prompts: Sequence[str]) -> Tensor:
-    tokenize = _tokenizer(source)
-    batches = [clip.encode_text(tokenize(list(prompts[i : i + 256]))) for i in range(0, len(prompts), 256)]
-    return F.normalize(torch.cat(batches).float(), dim=-1)
+        return TextTower(self._model, make_tokenizer(self.source), self.source.random).requires_grad_(False)
 
 
 def load_clip(model: str, pretrained: str) -> Clip:
-    """Load a CLIP in fp32 on the CPU. Every parameter of its image tower requires gradients.
+    """Load a CLIP in fp32 on the CPU, with an image tower that requires gradients.
 
     The weights of clip_pretrained=random depend on torch's global generator, which is not advanced.
     """
     source = find_clip(model, pretrained)
     with torch.random.fork_rng(devices=[]):
-        clip = _create(source).eval()
+        clip = create_model(source).eval()
     visual = VisionTower(clip.visual, source.preprocess_cfg["mean"], source.preprocess_cfg["std"])
     del clip.visual
     return Clip(source, visual, float(clip.logit_scale.detach().exp()), clip)
@@ -144,13 +134,13 @@ def load_clip(model: str, pretrained: str) -> Clip:
 def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a folder for open_clip's `local-dir:`: the source checkpoint with these weights replaced.
 
-    `weights` must have the source's names and shapes, and all of its `visual.*` (ValueError).
+    `ValueError` unless `weights` have the source's names and shapes, and all of its `visual.*`.
     """
     if source.random:
         raise UsageError(
             "clip_pretrained=random cannot be exported: its text tower was not saved. Train from other weights."
         )
-    state = _create(source).state_dict()
+    state = create_model(source).state_dict()
     expected = {k: v.shape for k, v in state.items() if k.startswith("visual.") or k in weights}
     if {k: v.shape for k, v in weights.items()} != expected:
         raise ValueError(f"weights do not fit {source.name}: {sorted(expected.keys() ^ weights.keys())[:5]}")
@@ -164,7 +154,7 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
         shutil.copyfile(source.folder / bpe, folder / bpe)
 
 
-def _create(source: ClipSource) -> open_clip.CLIP:
+def create_model(source: ClipSource) -> open_clip.CLIP:
     """Return open_clip's model with the source's weights."""
     in_folder = source.pretrained is None and not source.random
     try:
@@ -183,15 +173,15 @@ def _create(source: ClipSource) -> open_clip.CLIP:
     return clip
 
 
-def _tokenizer(source: ClipSource) -> Any:
-    kwargs = {}
+def make_tokenizer(source: ClipSource) -> Any:
+    options = {}
     bpe = source.model_cfg["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
     if bpe and source.folder:  # open_clip would look for it in the current folder
-        kwargs["bpe_path"] = str(source.folder / bpe)
-    return open_clip.get_tokenizer(source.name, **kwargs)
+        options["bpe_path"] = str(source.folder / bpe)
+    return open_clip.get_tokenizer(source.name, **options)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -201,22 +191,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _checkpoint_file(path: str, tags: list[str]) -> str:
+def check_checkpoint(path: str, tags: list[str]) -> str:
     if not Path(path).is_file():
         raise UsageError(f"clip_pretrained={path!r} is no file and no known tag ({', '.join(tags)}). {ADVICE}")
     return path
 
 
-def _check_gelu(model: str, tag: str) -> None:
-    """Raise `UsageError` where a tag was trained with the other GELU: features would be wrong, open_clip only warns."""
+def check_gelu(model: str, tag: str) -> None:
+    """Raise `UsageError` if a tag was trained with the other GELU; open_clip only warns, and features are wrong."""
     trained = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
     if trained != bool(open_clip.get_model_config(model).get("quick_gelu", False)):
         other = f"{model}-quickgelu" if trained else model.removesuffix("-quickgelu")
         raise UsageError(f"the weights {tag!r} have another GELU than {model!r}: pass clip_model={other}")
 
 
-def _find_obstacle(vision: dict[str, Any]) -> str | None:
-    """Return why the heads of a tower cannot be reached, None if they can."""
+def find_obstacle(vision: dict[str, Any]) -> str | None:
+    """Return the reason why the heads of a tower cannot be reached, None if they can."""
     if "timm_model_name" in vision:
         return f"a timm tower ({vision['timm_model_name']})"
     if not isinstance(vision.get("layers", 12), int):
@@ -228,14 +218,13 @@ def _find_obstacle(vision: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_supported(model: str) -> bool:
-    return _find_obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
+def is_supported(model: str) -> bool:
+    return find_obstacle(open_clip.get_model_config(model)["vision_cfg"]) is None
 
 
-def _check_tower(name: str, vision: dict[str, Any]) -> None:
-    """Raise `UsageError` for towers whose heads cannot be reached."""
-    obstacle = _find_obstacle(vision)
-    if obstacle:
+def check_tower(name: str, vision: dict[str, Any]) -> None:
+    """Raise `UsageError` for a tower whose heads cannot be reached."""
+    if obstacle := find_obstacle(vision):
         raise UsageError(
             f"{name!r} has {obstacle}, expected one of open_clip's ViTs with a class token, "
             "e.g. ViT-B-16-quickgelu, ViT-B-32, ViT-L-14"

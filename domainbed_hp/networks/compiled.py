@@ -1,7 +1,5 @@
 """torch.compile of the parts of a training step."""
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
 

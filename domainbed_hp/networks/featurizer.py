@@ -3,10 +3,9 @@
 Every featurizer takes x (B, 3, S, S) in [0, 1], normalises it for itself and gives (B, `n_outputs`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ BACKBONES = (*RESNETS, "clip", "small")
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its last layer, with dropout. `freeze_bn` holds batch norms in evaluation mode."""
+    """torchvision's ResNet with dropout in place of its last layer. `freeze_bn`: batch norms do not train."""
 
     def __init__(self, name: str, weights: str, dropout: float, freeze_bn: bool) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class ResNet(nn.Module):
         features: Tensor = self.dropout(self.network(self.normalise(x)))
         return features
 
-    def train(self, mode: bool = True) -> ResNet:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.freeze_bn:
             for module in self.network.modules():
@@ -81,7 +80,7 @@ def read_state(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # garbage makes torch's unpickler raise anything, KeyError for one
+    except Exception as error:  # a damaged file makes torch raise almost anything
         raise UsageError(
             f"hparam backbone_weights: {path} is no state dict of tensors, by torch.save or safetensors: {error}"
         ) from error
@@ -129,13 +128,8 @@ def make_classifier(inputs: int, outputs: int, nonlinear: bool) -> nn.Module:
     """Return DomainBed's Classifier: one linear layer, or three with a half and a quarter of the width."""
     if not nonlinear:
         return nn.Linear(inputs, outputs)
-    return nn.Sequential(
-        nn.Linear(inputs, inputs // 2),
-        nn.ReLU(),
-        nn.Linear(inputs // 2, inputs // 4),
-        nn.ReLU(),
-        nn.Linear(inputs // 4, outputs),
-    )
+    half, quarter = nn.Linear(inputs, inputs // 2), nn.Linear(inputs // 2, inputs // 4)
+    return nn.Sequential(half, nn.ReLU(), quarter, nn.ReLU(), nn.Linear(inputs // 4, outputs))
 
 
 def make_featurizer(

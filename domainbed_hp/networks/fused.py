@@ -6,10 +6,10 @@ import torch
 from torch.autograd.graph import increment_version
 
 
-def fused_adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
-    """Return torch's fused AdamW. Its steps do not raise the version of the weights that they change.
+def make_fused_adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
+    """Return torch's fused AdamW with a hook that raises the version of the weights after every step.
 
-    Values cached by that version (`TextSide.class_features`) would never be renewed, so a hook raises it.
+    The fused kernel does not, and `TextSide.compute_class_features` caches by version.
     """
     optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     optimizer.register_step_post_hook(raise_versions)

@@ -1,14 +1,11 @@
 """Attention with an adapter (HA-LoRA) and a gate for every head.
 
 Source: Wang & Kang, "Attention Head Purification", arXiv 2412.07226. Names follow PEFT: `lora_A` is the input side,
-`lora_B` the output side, zero at the start. (The paper calls the input side B, and says that conventional LoRA shares
-it.) Weights are written in the `x @ W` convention; `nn.Linear` stores the transpose. *Adapter* means the LoRA matrices;
-gates are not part of it.
+which the paper calls B, and `lora_B` the output side, zero at the start. Weights are written in the `x @ W` convention;
+`nn.Linear` stores the transpose. *Adapter* means the LoRA matrices without the gates.
 
 Shapes: B images, N tokens, D width, H heads of size Dh = D / H, r rank.
 """
-
-from __future__ import annotations
 
 from typing import Any, Literal, cast
 
@@ -41,50 +38,47 @@ class LowRank(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.build_factors")
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + x dW, all (B, N, D), as x A first and then (x A) B added to y.
-
-        The other order, x (W + dW), would need the gradient of all of W.
-        """
+        """Return y + (x A) B, all (B, N, D). The other order, x (W + dW), would need the gradient of all of W."""
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         a, b = self.build_factors()
         return torch.addmm(y.flatten(0, 1), x.flatten(0, 1) @ a, b, alpha=self.scale).view(y.shape)
 
-    def delta_weight(self) -> Tensor:
+    def compute_delta_weight(self) -> Tensor:
         """Return dW (D, D)."""
         a, b = self.build_factors()
         return self.scale * (a @ b)
 
 
-def kaiming_uniform(width: int, *shape: int) -> Tensor:
+def draw_kaiming_uniform(width: int, *shape: int) -> Tensor:
     """Return a random tensor, Kaiming-uniform (a = sqrt 5) with fan-in `width`."""
     return torch.empty(*shape).uniform_(-(width**-0.5), width**-0.5)
 
 
-def block_diagonal(blocks: Tensor) -> Tensor:
+def make_block_diagonal(blocks: Tensor) -> Tensor:
     """Return the block-diagonal matrix of H blocks, (H, a, b) -> (H a, H b)."""
-    own = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
-    return (blocks[:, :, None] * own).flatten(2).flatten(0, 1)  # (H, a, H, b)
+    diagonal = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
+    return (blocks[:, :, None] * diagonal).flatten(2).flatten(0, 1)  # (H, a, H, b)
 
 
 class HeadLoRA(LowRank):
     """HA-LoRA of W_q, W_k or W_v: the columns of head i get dW_i = A_i B_i.
 
-    It equals a LoRA of rank R = H r with a block-diagonal B and is computed as one, which is faster than H small
-    products. `shared` is conventional LoRA: one A for all heads, R = r. Parameters: H r (D + Dh); shared 2 D r.
+    It is computed as a LoRA of rank R = H r with a block-diagonal B, faster than H small products. `shared` is
+    conventional LoRA: one A for all heads, R = r. Parameters: H r (D + Dh); shared 2 D r.
     """
 
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        lora_A = kaiming_uniform(width, 1 if shared else num_heads, width, rank)
+        lora_A = draw_kaiming_uniform(width, 1 if shared else num_heads, width, rank)
         super().__init__(lora_A, torch.zeros(num_heads, rank, width // num_heads), scale, dropout)
 
     def build_factors(self) -> tuple[Tensor, Tensor]:
         a = self.lora_A.transpose(0, 1).flatten(1)
         if len(self.lora_A) == 1:
             return a, self.lora_B.transpose(0, 1).flatten(1)
-        return a, block_diagonal(self.lora_B)
+        return a, make_block_diagonal(self.lora_B)
 
 
 class OutputHeadLoRA(LowRank):
@@ -96,23 +90,22 @@ class OutputHeadLoRA(LowRank):
     def __init__(
         self, width: int, num_heads: int, rank: int, shared: bool = False, *, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
-        lora_A = kaiming_uniform(width, num_heads, width // num_heads, rank)
+        lora_A = draw_kaiming_uniform(width, num_heads, width // num_heads, rank)
         super().__init__(lora_A, torch.zeros(1 if shared else num_heads, rank, width), scale, dropout)
 
     def build_factors(self) -> tuple[Tensor, Tensor]:
         b = self.lora_B.flatten(0, 1)
         if len(self.lora_B) == 1:
             return self.lora_A.flatten(0, 1), b
-        return block_diagonal(self.lora_A), b
+        return make_block_diagonal(self.lora_A), b
 
 
 class HeadGate(nn.Module):
     """Gates of the heads of one layer, from `gate_logits` (H,) that start at zero.
 
-    softmax: H * softmax(logits). The gates of a layer sum to H, start at 1, and cannot switch a whole layer off.
+    softmax: H * softmax(logits). The gates of a layer start at 1, and cannot switch a whole layer off.
     sigmoid: 2 * sigmoid(logits), independent of each other.
-    hard: 1 for the `open_heads` best heads, 0 for the others: straight-through Gumbel-softmax in training, top-k in
-    evaluation. It does not start as the identity.
+    hard: 1 for the `open_heads` best heads, else 0; straight-through Gumbel-softmax in training, top-k in evaluation.
     """
 
     def __init__(self, num_heads: int, kind: GateKind, open_heads: int) -> None:
@@ -148,18 +141,18 @@ class GatedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, gates: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(heads, gates, weight)
-        gated = gated_weight(weight, gates).to(heads.dtype)
+        gated = gate_weight(weight, gates).to(heads.dtype)
         return F.linear(heads.flatten(-2), gated, bias.to(heads.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         heads, gates, weight = ctx.saved_tensors
         for_heads, for_gates, for_weight, for_bias = ctx.needs_input_grad
-        d_heads, d_gates, d_weight, d_bias = None, None, None, None
+        d_heads = d_gates = d_weight = d_bias = None
         if for_heads or for_gates:
             d_heads = (grad @ weight.to(grad.dtype)).view(heads.shape)
         if for_gates:
-            # Over tokens first: on a CPU twice as fast as over all at once.
+            # Over tokens first: twice as fast on a CPU as over all at once.
             d_gates = (d_heads * heads).flatten(0, 1).sum(0, dtype=gates.dtype).sum(-1)
         if for_heads:
             d_heads *= gates[:, None].to(grad.dtype)
@@ -171,17 +164,16 @@ class GatedProjection(torch.autograd.Function):
         return d_heads, d_gates, d_weight, d_bias
 
 
-def gated_weight(weight: Tensor, gates: Tensor) -> Tensor:
+def gate_weight(weight: Tensor, gates: Tensor) -> Tensor:
     """Return W_o (D, D), as nn.Linear stores it, with the columns that read head i multiplied by gate i."""
     gated: Tensor = weight.unflatten(1, (len(gates), -1)) * gates[:, None]
     return gated.flatten(1)
 
 
 class HeadAttention(nn.Module):
-    """Multi-head self-attention on the weights of a pretrained attention, under their own names.
+    """Multi-head self-attention with the weights of `nn.MultiheadAttention` or open_clip's `Attention`, by their names.
 
-    The pretrained module has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`: `nn.MultiheadAttention` or
-    open_clip's `Attention`. Without adapters and gates the result is the same. `causal`: a token sees no later one.
+    Without adapters and gates the result is the same. `causal`: a token sees no later one.
     """
 
     def __init__(self, pretrained: Any, causal: bool = False) -> None:
@@ -202,11 +194,10 @@ class HeadAttention(nn.Module):
             self.adapters[target] = kind(self.width, self.num_heads, rank, shared, scale=scale, dropout=dropout)
 
     def add_gate(self, kind: GateKind, open_heads: int) -> None:
-        """Add a gate for every head."""
         self.gate = None if kind == "none" else HeadGate(self.num_heads, kind, open_heads)
 
     def compute_heads(self, x: Tensor, first: int | None = None) -> Tensor:
-        """Return the heads' outputs before gating, (B, N, D) -> (B, N, H, Dh). `first`: number of tokens."""
+        """Return the heads' outputs before gating, (B, N, D) -> (B, N, H, Dh), of the `first` tokens or of all."""
         if first is None:
             q, k, v = self.project_inputs("qkv", x)
         else:
@@ -216,17 +207,13 @@ class HeadAttention(nn.Module):
 
     def project_inputs(self, names: str, x: Tensor) -> list[Tensor]:
         """Return the projections of x (B, N, D) called `names`, neighbours among q, k, v, computed in one product."""
-        merge = not (
-            self.training or torch.is_grad_enabled()
-        )  # where nothing trains, adapters are added to the weights
+        merge = not self.training and not torch.is_grad_enabled()  # where nothing trains, one product is enough
         start = self.width * "qkv".index(names)
         rows = slice(start, start + self.width * len(names))
-        weight = self.merged_in_proj() if merge else self.in_proj_weight
+        weight = self.merge_in_proj() if merge else self.in_proj_weight
         parts = F.linear(x, weight[rows], self.in_proj_bias[rows]).chunk(len(names), dim=-1)
-        return [
-            y if merge or name not in self.adapters else self.adapters[name](x, y)
-            for name, y in zip(names, parts, strict=True)
-        ]
+        pairs = zip(names, parts, strict=True)
+        return [y if merge or name not in self.adapters else self.adapters[name](x, y) for name, y in pairs]
 
     def project_heads(self, heads: Tensor) -> Tensor:
         """Return the output projection of the gated heads, (B, N, H, Dh) -> (B, N, D). The bias is not gated."""
@@ -241,14 +228,14 @@ class HeadAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.project_heads(self.compute_heads(x))
 
-    def merged_in_proj(self) -> Tensor:
+    def merge_in_proj(self) -> Tensor:
         """Return W_q, W_k and W_v with their adapters added, (3 D, D) as nn.Linear stores them."""
         if not set("qkv") & set(self.adapters):
             return self.in_proj_weight
         merged = self.in_proj_weight.clone()
         for name, rows in zip("qkv", merged.chunk(3), strict=True):
             if name in self.adapters:
-                rows += cast(LowRank, self.adapters[name]).delta_weight().T
+                rows += cast(LowRank, self.adapters[name]).compute_delta_weight().T
         return merged
 
     @torch.no_grad()
@@ -256,11 +243,11 @@ class HeadAttention(nn.Module):
         """Return weights that compute the same: W + dW, and W_o with gate i in the rows that read head i."""
         out_proj = self.out_proj.weight.clone()  # stored transposed: the rows of W_o are columns here
         if "o" in self.adapters:
-            out_proj += cast(LowRank, self.adapters["o"]).delta_weight().T
+            out_proj += cast(LowRank, self.adapters["o"]).compute_delta_weight().T
         if self.gate is not None:
-            out_proj = gated_weight(out_proj, self.gate()).to(out_proj.dtype)
+            out_proj = gate_weight(out_proj, self.gate()).to(out_proj.dtype)
         return {
-            "in_proj_weight": self.merged_in_proj().clone(),
+            "in_proj_weight": self.merge_in_proj().clone(),
             "in_proj_bias": self.in_proj_bias.clone(),
             "out_proj.weight": out_proj,
             "out_proj.bias": self.out_proj.bias.clone(),

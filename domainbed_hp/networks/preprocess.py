@@ -1,4 +1,4 @@
-"""How an image becomes the input of a network: preprocessing belongs to the weights, a tower normalises for itself."""
+"""Preprocessing, which belongs to the weights of a network: size, resizing, augmentation, normalisation."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -1,6 +1,4 @@
-"""CLIP's text tower with `HeadAttention`. It reads tokens, or vectors in their place, as prompt learning needs."""
-
-from __future__ import annotations
+"""CLIP's text tower with `HeadAttention`, which reads the embeddings of tokens or learned vectors."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -55,17 +53,17 @@ class TextTower(nn.Module):
         embedded: Tensor = self.token_embedding(self.tokenize(text).to(self.positional_embedding.device))
         return embedded.detach()
 
-    def forward(self, embedded: Tensor, ends: Tensor, deep: Sequence[Tensor] = (), at: int = 1) -> Tensor:
+    def forward(self, embedded: Tensor, ends: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """Return text features (..., E), not unit-norm, of embeddings (..., L, W) whose end tokens are at `ends` (...).
 
-        `deep`: one tensor (n, W) for each layer from the second on; it replaces the tokens from `at`.
+        `deep`: one tensor (n, W) for each layer from the second on, which replaces the tokens behind the start.
         """
         *many, length, width = embedded.shape
         x = embedded.reshape(-1, length, width) + self.positional_embedding[:length]
         for i, block in enumerate(self.blocks):
             if 0 < i <= len(deep):
                 new = deep[i - 1].expand(len(x), -1, -1).to(x.dtype)
-                x = torch.cat([x[:, :at], new, x[:, at + new.shape[1] :]], dim=1)
+                x = torch.cat([x[:, :1], new, x[:, 1 + new.shape[1] :]], dim=1)
             x, *_ = block(x)
         x = x[torch.arange(len(x), device=x.device), ends.expand(many).reshape(-1)]
         x = self.ln_final(x)
@@ -95,7 +93,7 @@ class TextTower(nn.Module):
 class Sentences(nn.Module):
     """Embedded sentences with a gap for vectors: start, `before`, the gap, one text of `after`, end.
 
-    They end at the longest: a token sees no later one. Shapes: C sentences, n vectors in the gap.
+    Shapes: C sentences, n vectors in the gap.
     """
 
     def __init__(self, tower: TextTower, before: str, gap: int, after: Sequence[str]) -> None:

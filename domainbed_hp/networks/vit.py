@@ -1,6 +1,4 @@
-"""CLIP's image tower with `HeadAttention`: open_clip's modules, weights and parameter names, a forward pass of ours."""
-
-from __future__ import annotations
+"""CLIP's image tower with `HeadAttention`: open_clip's modules and parameter names with another forward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -32,7 +30,7 @@ class Trace(NamedTuple):
 
 
 class Silu(torch.autograd.Function):
-    """silu(a x) / a, whose gradient is silu'(a x). One pass over the widest activations, of which it saves one."""
+    """silu(a x) / a, whose gradient is silu'(a x), in one pass that saves one tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: float) -> Tensor:
@@ -75,9 +73,9 @@ class Block(nn.Module):
         return y
 
     def forward(self, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the residual stream after this layer, and the `heads` and `attended` of its `Trace`.
+        """Return the residual stream (B, N, D) after this layer, and the `heads` and `attended` of its `Trace`.
 
-        x is (B, N, D). With `first`, only the first tokens of the result are computed.
+        With `first`, only so many tokens of the result are computed.
         """
         heads = self.compute_heads(x, first)
         after = self.add_attention(x[:, :first], heads)
@@ -101,9 +99,9 @@ class VisionTower(nn.Module):
         self.normalise = Normalise(mean, std)
         self.prompt_tokens: Callable[[], Sequence[Tensor]] = tuple
         """Function that returns learned tokens (n, D), one tensor a layer. The first layer gets them behind the image's
-        tokens; each next layer gets its own in their place. The algorithm or text side that sets it owns the tokens."""
+        tokens, each later layer in place of the outputs of the layer before."""
         self.all_tokens = False
-        """True where the last layer computes all tokens. The image feature needs the class token alone."""
+        """True: the last layer computes all tokens, not the class token alone."""
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -157,9 +155,8 @@ class VisionTower(nn.Module):
 
     def compute_gates(self) -> Tensor:
         """Return the gates (L, H), detached; 1 where there are none."""
-        return torch.stack(
-            [b.attn.gate() if b.attn.gate is not None else torch.ones(b.attn.num_heads) for b in self.blocks]
-        ).detach()
+        layers = [b.attn for b in self.blocks]
+        return torch.stack([a.gate() if a.gate is not None else torch.ones(a.num_heads) for a in layers]).detach()
 
     def merge(self) -> dict[str, Tensor]:
         """Return a state dict with open_clip's names below `visual.`, adapters and gates folded into the weights."""

@@ -1,6 +1,4 @@
-"""The contract of a text side: class names in, a classifier of image features out. Every image side takes every one."""
-
-from __future__ import annotations
+"""The contract of a text side: class names in, a classifier of image features out, on any image side."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.networks.fused import fused_adamw
+from domainbed_hp.networks.fused import make_fused_adamw
 from domainbed_hp.networks.vit import VisionTower
 from domainbed_hp.registry import PROMPTS, UsageError, load, refuse_renamed_methods
 
@@ -25,7 +23,7 @@ RENAMED_METHODS = {
 TEMPLATE_HPARAMS = {"template": HParam(TEMPLATE, help="prompt of a class; {} stands for its name")}
 
 
-def class_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:
+def make_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:
     """Return one prompt per class. Underscores in class names become spaces."""
     if template.count("{}") != 1:
         raise UsageError(f"template {template!r}: expected one {{}} where the class name goes, e.g. {TEMPLATE!r}")
@@ -41,9 +39,9 @@ class TextSide(nn.Module):
 
     HPARAMS: ClassVar[dict[str, HParam]] = {}
     TRAINS: ClassVar[bool] = True
-    """True: it trains on images, together with the image side. False: its classifier is made of text alone."""
+    """True: it trains on images, with the image side. False: its classifier is made of text alone."""
     TEXT: ClassVar[bool] = True
-    """True: it has text features. False: it is a plain linear classifier, without texts to measure a margin between."""
+    """True: it has text features. False: it is a plain linear classifier."""
     CHANGES_TOWER: ClassVar[bool] = False
     """True: `attach` changes the image tower."""
     PER_IMAGE: ClassVar[bool] = False
@@ -68,7 +66,7 @@ class TextSide(nn.Module):
     def validate(cls, hparams: dict[str, Any]) -> None:
         """Raise `UsageError` for hparams that do not go together. Called before anything is built."""
         if "template" in cls.HPARAMS:
-            class_prompts([], hparams["template"])
+            make_prompts([], hparams["template"])
 
     @classmethod
     def trains(cls, hparams: dict[str, Any]) -> bool:
@@ -83,8 +81,8 @@ class TextSide(nn.Module):
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         """Return unit-norm text features (C, E), or (B, C, E) if they depend on the image.
 
-        `images`: unit-norm image features (B, E). `sizes`: number of images of each source domain, in the order of the
-        batch; None in evaluation.
+        `images` are unit-norm image features (B, E). `sizes` are the numbers of images of the source domains, in the
+        order of the batch; None in evaluation.
         """
         return self.features
 
@@ -96,24 +94,20 @@ class TextSide(nn.Module):
         """Change the image tower, for text sides with `CHANGES_TOWER`."""
 
     def backward(self) -> dict[str, Tensor]:
-        """Add the gradients of a loss of its own, if it has one, and return it, detached, to log."""
+        """Add the gradients of the text side's own loss, if it has one, and return it, detached, to log."""
         return {}
 
     def merge(self) -> dict[str, Tensor]:
-        """Return the weights of CLIP's text tower that it changed, by their names.
-
-        Raises:
-            UsageError: the classifier is not what a text tower computes from a template.
-        """
+        """Return the changed weights of CLIP's text tower by name; `UsageError` if no text tower computes the same."""
         raise UsageError(
             f"prompt={self.hparams['prompt']}: no plain CLIP has its classifier, so it cannot be exported; the "
             "image tower alone is `algorithm.tower.merge()`"
         )
 
-    def class_features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """Return `encode`'s result, cached where no gradient is needed and the images do not matter.
+    def compute_class_features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Return the result of `encode`, cached if no gradient is needed and the images do not matter.
 
-        The cache is valid while no parameter or buffer changes.
+        The cache is valid until a parameter or buffer changes.
         """
         if self.PER_IMAGE or torch.is_grad_enabled():
             return self.encode(images, sizes)
@@ -127,10 +121,10 @@ class TextSide(nn.Module):
     def forward(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Return logits (B, C) of image features (B, E) of any length."""
         images = unit(features)
-        return self.logit_scale * similarity(images, self.class_features(images, sizes))
+        return self.logit_scale * compute_similarity(images, self.compute_class_features(images, sizes))
 
 
-def similarity(images: Tensor, text: Tensor) -> Tensor:
+def compute_similarity(images: Tensor, text: Tensor) -> Tensor:
     """Return cosines (B, C) of unit-norm image features (B, E) with text features (C, E) or (B, C, E)."""
     with torch.autocast(images.device.type, enabled=False):
         return images @ text.T if text.dim() == 2 else torch.einsum("be,bce->bc", images, text)
@@ -148,7 +142,7 @@ def make_sgd(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
 
 def make_adamw(parameters: Any, hparams: dict[str, Any]) -> torch.optim.Optimizer:
     """Return AdamW with `prompt_lr` and `prompt_weight_decay`."""
-    return fused_adamw(parameters, lr=hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
+    return make_fused_adamw(parameters, lr=hparams["prompt_lr"], weight_decay=hparams["prompt_weight_decay"])
 
 
 def load_text_side_class(name: str) -> type[TextSide]:

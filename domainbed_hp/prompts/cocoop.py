@@ -1,7 +1,5 @@
 """CoCoOp (Zhou et al., "Conditional Prompt Learning for Vision-Language Models", CVPR 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, class_prompts, make_sgd
+from domainbed_hp.prompts.base import TextSide, make_prompts, make_sgd
 from domainbed_hp.prompts.coop import PROMPT_HPARAMS
 from domainbed_hp.prompts.per_image import encode_prompts
 from domainbed_hp.registry import UsageError
@@ -34,9 +32,9 @@ class CoCoOp(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
+        self.tower = clip.make_text_tower()
         self.context = nn.Parameter(self.tower.embed(hparams["prompt_init"]))  # (M, W)
-        self.sentences = Sentences(self.tower, "", len(self.context), class_prompts(class_names, "{}."))
+        self.sentences = Sentences(self.tower, "", len(self.context), make_prompts(class_names, "{}."))
         hidden = clip.embed_dim // 16
         self.meta_net = nn.Sequential(nn.Linear(clip.embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, self.tower.width))
 

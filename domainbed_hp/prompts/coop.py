@@ -1,7 +1,5 @@
 """CoOp: context optimization (Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, class_prompts, make_sgd, unit
+from domainbed_hp.prompts.base import TextSide, make_prompts, make_sgd, unit
 
 PROMPT_HPARAMS = {
     "prompt_lr": HParam(2e-3, log_uniform(10, -4, -2), "learning rate of SGD, momentum 0.9, cosine to 0", at_least=0),
@@ -33,8 +31,8 @@ class CoOp(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
-        self.sentences = Sentences(self.tower, "", hparams["prompt_tokens"], class_prompts(class_names, "{}."))
+        self.tower = clip.make_text_tower()
+        self.sentences = Sentences(self.tower, "", hparams["prompt_tokens"], make_prompts(class_names, "{}."))
         self.context = nn.Parameter(torch.empty(hparams["prompt_tokens"], self.tower.width))
         nn.init.normal_(self.context, std=0.02)
 

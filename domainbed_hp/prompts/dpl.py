@@ -1,8 +1,6 @@
 """Domain prompt learning (Zhang et al., "Amortized Prompt: Lightweight Fine-Tuning for CLIP in Domain Generalization",
 arXiv 2111.12853, 2021; later "Domain Prompt Learning for Efficiently Adapting CLIP to Unseen Domains")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TextSide, class_prompts
+from domainbed_hp.prompts.base import TextSide, make_prompts
 from domainbed_hp.prompts.per_image import encode_prompts
 
 
@@ -42,9 +40,9 @@ class DPL(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
+        self.tower = clip.make_text_tower()
         tokens, width, dropout = hparams["prompt_tokens"], hparams["dpl_width"], hparams["dpl_dropout"]
-        self.sentences = Sentences(self.tower, "", tokens, class_prompts(class_names, "{}."))
+        self.sentences = Sentences(self.tower, "", tokens, make_prompts(class_names, "{}."))
         self.mlp = nn.Sequential(
             nn.Linear(clip.embed_dim, width),
             nn.Dropout(dropout),
@@ -72,12 +70,9 @@ class DPL(TextSide):
         text = encode_prompts(self.tower, self.sentences, domains)  # (K, C, E)
         if sizes is None or self.hparams["dpl_released_labels"]:
             return text.flatten(0, 1)
-        return text.repeat_interleave(
-            torch.tensor(sizes).to(text.device, non_blocking=True), dim=0, output_size=len(images)
-        )
+        repeats = torch.tensor(sizes).to(text.device, non_blocking=True)
+        return text.repeat_interleave(repeats, dim=0, output_size=len(images))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        h = self.hparams
-        return torch.optim.SGD(
-            self.mlp.parameters(), h["prompt_lr"], momentum=h["dpl_momentum"], weight_decay=h["prompt_weight_decay"]
-        )
+        lr, momentum, decay = (self.hparams[name] for name in ("prompt_lr", "dpl_momentum", "prompt_weight_decay"))
+        return torch.optim.SGD(self.mlp.parameters(), lr, momentum=momentum, weight_decay=decay)

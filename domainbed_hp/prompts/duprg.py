@@ -1,7 +1,5 @@
 """DUPRG (Niu et al., "Domain-Unified Prompt Representations for Source-Free Domain Generalization", 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +54,7 @@ class DUPRG(TextOnly):
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
         names = [name.replace("_", " ") for name in class_names]
-        bank = clip.text_features([prompt.format(name) for name in names for prompt in PROMPTS])
+        bank = clip.encode_prompts([prompt.format(name) for name in names for prompt in PROMPTS])
         self.register_buffer("bank", bank.unflatten(0, (len(names), len(PROMPTS))), persistent=False)  # (C, 11, E)
         self.bank: Tensor
         self.autoencoder = AutoEncoder(clip.embed_dim) if hparams["duprg_per_step"] else None
@@ -71,8 +69,7 @@ class DUPRG(TextOnly):
         intra = -(outputs * outputs.mean(1, keepdim=True)).sum(-1).mean()
         cosines = torch.einsum("cde,kde->dck", outputs, outputs)
         count = len(outputs)
-        # All but the diagonal: cut into rows of C + 1, the matrix has it in the first column. A mask would wait for the
-        # device.
+        # All but the diagonal, which is the first column of rows of C + 1. A mask would wait for the device.
         others = cosines.flatten(1)[:, :-1].unflatten(1, (count - 1, count + 1))[..., 1:] if count > 1 else None
         inter = 0.0 if others is None else others.mean()
         loss: Tensor = reconstruction + self.hparams["duprg_intra"] * intra + self.hparams["duprg_inter"] * inter

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domainbed_hp.hparams_registry import HParam
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, unit
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_prompts, unit
 
 
 class Template(TextSide):
@@ -24,7 +24,7 @@ class Template(TextSide):
 
     def compute_features(self, clip: Clip) -> Tensor:
         """Return unit-norm text features (C, E)."""
-        return clip.text_features(class_prompts(self.class_names, self.hparams["template"]))
+        return clip.encode_prompts(make_prompts(self.class_names, self.hparams["template"]))
 
     def merge(self) -> dict[str, Tensor]:
         return {}
@@ -42,4 +42,4 @@ class Ensemble(Template):
         templates = {"imagenet80": OPENAI_IMAGENET_TEMPLATES, "imagenet7": SIMPLE_IMAGENET_TEMPLATES}
         names = [name.replace("_", " ") for name in self.class_names]
         prompts = [template(name) for name in names for template in templates[self.hparams["ensemble"]]]
-        return unit(clip.text_features(prompts).unflatten(0, (len(names), -1)).mean(1))
+        return unit(clip.encode_prompts(prompts).unflatten(0, (len(names), -1)).mean(1))

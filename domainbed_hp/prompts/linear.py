@@ -1,7 +1,5 @@
 """Linear classifiers: weights that start at the text features, or at random."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, make_adamw
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_adamw, make_prompts
 
 LINEAR_HPARAMS = {
     "prompt_lr": HParam(1e-3, log_uniform(10, -4, -2), "learning rate of AdamW, cosine to 0", at_least=0),
@@ -29,7 +27,7 @@ class FromText(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.weight = nn.Parameter(clip.text_features(class_prompts(class_names, hparams["template"])))
+        self.weight = nn.Parameter(clip.encode_prompts(make_prompts(class_names, hparams["template"])))
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:
         return self.weight  # not normalised: its length trains

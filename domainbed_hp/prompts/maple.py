@@ -1,7 +1,5 @@
 """MaPLe (Khattak et al., "MaPLe: Multi-modal Prompt Learning", CVPR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ from domainbed_hp.hparams_registry import HParam, choice, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.networks.vit import VisionTower
-from domainbed_hp.prompts.base import TextSide, class_prompts, make_sgd, unit
+from domainbed_hp.prompts.base import TextSide, make_prompts, make_sgd, unit
 from domainbed_hp.prompts.coop import PROMPT_HPARAMS
 from domainbed_hp.registry import UsageError
 
@@ -41,13 +39,13 @@ class MaPLe(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
+        self.tower = clip.make_text_tower()
         tokens, width, vision_width = hparams["prompt_tokens"], self.tower.width, clip.visual.class_embedding.shape[0]
         depth = min(hparams["prompt_depth"], len(self.tower.blocks), len(clip.visual.blocks))
 
         words = WORDS.split()
         rest = " ".join([*words[tokens:], "{}."])
-        self.sentences = Sentences(self.tower, "", tokens, class_prompts(class_names, rest))
+        self.sentences = Sentences(self.tower, "", tokens, make_prompts(class_names, rest))
         self.text_prompts = nn.ParameterList(0.02 * torch.randn(tokens, width) for _ in range(depth))
         start = self.tower.embed(" ".join(words[:tokens]))[:tokens]
         with torch.no_grad():

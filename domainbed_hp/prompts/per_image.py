@@ -1,7 +1,5 @@
 """Text features where every image, or every domain, has a prompt of its own."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -10,14 +8,13 @@ from domainbed_hp.networks.text import Sentences, TextTower
 from domainbed_hp.prompts.base import unit
 
 SEQUENCES = 1024
-"""Number of sequences, about, that the text tower reads at once."""
+"""Approximate number of sequences that the text tower reads at once."""
 
 
 def encode_prompts(tower: TextTower, sentences: Sentences, prompts: Tensor) -> Tensor:
     """Return unit-norm text features (B, C, E) of B prompts of n vectors (B, n, W), each in all C sentences.
 
-    The B C sequences are encoded in parts. In training the activations of a part are not stored but computed again in
-    the backward pass, to save memory.
+    To save memory, they are encoded in parts, whose activations the backward pass computes again.
     """
 
     def encode(part: Tensor) -> Tensor:

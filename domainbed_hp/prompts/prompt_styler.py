@@ -1,9 +1,4 @@
-"""PromptStyler (Cho et al., "PromptStyler: Prompt-driven Style Generation for Source-free Domain Generalization").
-
-ICCV 2023.
-"""
-
-from __future__ import annotations
+"""Cho et al., "PromptStyler: Prompt-driven Style Generation for Source-free Domain Generalization", ICCV 2023."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +45,7 @@ class PromptStyler(TextOnly):
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
         names = [name.replace("_", " ") for name in class_names]
-        tower = clip.text_tower()
+        tower = clip.make_text_tower()
         styled = Sentences(tower, "a", 1, ["style of a", *(f"style of a {name}" for name in names)])
         self.helpers += [tower, styled, Sentences(tower, "", 0, names)]
 
@@ -71,7 +66,8 @@ class PromptStyler(TextOnly):
             optimizer = torch.optim.SGD([word], self.hparams["styler_lr"], momentum=0.9)
             for _ in range(self.hparams["styler_steps"]):
                 style = encode(styled, word)
-                loss = style_loss(style[0], [other[0] for other in styles]) + content_loss(style[1:], content)
+                loss = compute_style_loss(style[0], [other[0] for other in styles])
+                loss = loss + compute_content_loss(style[1:], content)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -87,24 +83,25 @@ class PromptStyler(TextOnly):
         for _ in range(h["styler_epochs"]):
             for batch in torch.randperm(len(x)).to(x.device).split(BATCH):
                 # DEVIATION: the re-implementation of PromptTA does not normalise the weights.
-                logits = arcface(x[batch] @ unit(weight).T, y[batch], h["styler_scale"], h["styler_margin"])
+                cosines = x[batch] @ unit(weight).T
+                logits = compute_arcface_logits(cosines, y[batch], h["styler_scale"], h["styler_margin"])
                 optimizer.zero_grad()
                 F.cross_entropy(logits, y[batch]).backward()
                 optimizer.step()
         return weight
 
 
-def style_loss(style: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+def compute_style_loss(style: Tensor, earlier: Sequence[Tensor]) -> Tensor:
     """Return the mean |cos| of a style (E) with the earlier ones, 0 for the first. All are unit-norm."""
     return torch.stack([style @ other for other in earlier]).abs().mean() if earlier else style.new_zeros(())
 
 
-def content_loss(styled: Tensor, content: Tensor) -> Tensor:
+def compute_content_loss(styled: Tensor, content: Tensor) -> Tensor:
     """Return the cross-entropy by which a class in this style (C, E) is closest to its own name (C, E)."""
     return F.cross_entropy(styled @ content.T, torch.arange(len(content), device=content.device))
 
 
-def arcface(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
+def compute_arcface_logits(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
     """Return logits s cos(angle), s cos(angle + m) for the true class (ArcFace, Deng et al., 2019)."""
     sines = (1 - cosines**2).clamp_min(1e-12).sqrt()  # the root has no slope at 0
     shifted = cosines * math.cos(margin) - sines * math.sin(margin)

@@ -1,7 +1,5 @@
 """The base of the source-free text sides: a classifier that trains on text alone, once, and is then frozen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +11,7 @@ from domainbed_hp.prompts.base import TextSide, unit
 
 
 class TextOnly(TextSide):
-    """Text features that `fit` trains from class names at their first use.
-
-    At the first use the module is on its device already, and a loaded module needs no fit.
-    """
+    """Text features that `fit` trains from class names at their first use, when the module is on its device."""
 
     TRAINS = False
     SOURCE_FREE = True
@@ -30,10 +25,10 @@ class TextOnly(TextSide):
         self.fitted: Tensor
         self.checked_version: int | None = None
         self.helpers: list[nn.Module] = []
-        """Modules that only `fit` needs. In a list they are not submodules, so they are neither trained nor saved."""
+        """Modules that only `fit` needs. In a list, not as submodules, they are neither trained nor saved."""
 
     def fit(self) -> Tensor:
-        """Return class features (C, E) of any length, trained on text. Random draws come from the CPU's generator."""
+        """Return class features (C, E) of any length, trained on text by draws of the CPU's generator."""
         raise NotImplementedError(f"{type(self).__name__}.fit")
 
     def encode(self, images: Tensor, sizes: Sequence[int] | None) -> Tensor:

@@ -1,7 +1,5 @@
 """A text tower that trains under a fixed template: in full (as in FLYP), or by low-rank changes (CLIP-LoRA)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +10,11 @@ from domainbed_hp.hparams_registry import HParam, log_uniform
 from domainbed_hp.networks.clip import Clip
 from domainbed_hp.networks.heads import check_targets
 from domainbed_hp.networks.text import Sentences
-from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, class_prompts, make_adamw, unit
+from domainbed_hp.prompts.base import TEMPLATE_HPARAMS, TextSide, make_adamw, make_prompts, unit
 
 
 class TunedTextTower(TextSide):
-    """Every parameter of the text tower trains, except for the token embeddings, most of which never occur.
-
-    It starts as the zero-shot classifier.
-    """
+    """The zero-shot classifier, whose text tower trains without its token embeddings, most of which never occur."""
 
     # DEVIATION: FLYP (Goyal et al., 2023) trains the token embeddings as well.
     CAPTURABLE = True
@@ -30,8 +25,8 @@ class TunedTextTower(TextSide):
 
     def __init__(self, clip: Clip, class_names: Sequence[str], hparams: dict[str, Any]) -> None:
         super().__init__(clip, class_names, hparams)
-        self.tower = clip.text_tower()
-        self.sentences = Sentences(self.tower, "", 0, class_prompts(class_names, hparams["template"]))
+        self.tower = clip.make_text_tower()
+        self.sentences = Sentences(self.tower, "", 0, make_prompts(class_names, hparams["template"]))
         self.trained = self.unfreeze()
 
     def unfreeze(self) -> list[torch.nn.Parameter]:

@@ -1,7 +1,5 @@
 """Compare two rows of the tables, paired by trial and test environment."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +24,10 @@ LEVEL = 0.95
 class Difference:
     """Mean difference of two rows over pairs, in points, with the p of a permutation test and a 95 % interval.
 
-    Under the null hypothesis the rows could be swapped in any pair: the test flips the signs of pairs, in all ways
-    where these are few, else at random. The interval is a bootstrap over the trials of each environment. It first
-    stretches an environment's n deviations from their mean by sqrt(n / (n - 1)), because resampling alone
-    underestimates the spread. Below two pairs there is no p. Where an environment has one trial there is no interval.
+    Under the null hypothesis the rows could be swapped in any pair: the test flips the signs of pairs, in all ways if
+    these are few, else at random. The interval is a bootstrap over the trials of each environment, whose n deviations
+    from their mean are first stretched by sqrt(n / (n - 1)), because resampling alone underestimates the spread. Below
+    two pairs there is no p. Without a second trial of every environment there is no interval.
     """
 
     where: str
@@ -40,7 +38,7 @@ class Difference:
     n: int
     """Number of pairs."""
     trials: int
-    """Number of trials of the environment that has the fewest."""
+    """Smallest number of trials of an environment."""
     p: float | None
     low: float | None
     high: float | None
@@ -49,8 +47,8 @@ class Difference:
     def mean(self) -> float:
         return self.a - self.b
 
-    def warning(self) -> str:
-        """Return the conclusions that so few trials do not allow; empty where there are enough."""
+    def describe_warning(self) -> str:
+        """Return the limits of p and interval with so few trials, "" if there are enough."""
         if 2.0 ** (1 - self.trials) < 1 - LEVEL:  # the smallest p that so many sign flips can give
             return ""
         trials = "1 trial" if self.trials == 1 else f"{self.trials} trials"
@@ -78,8 +76,8 @@ class Comparison:
     def title(self) -> str:
         return f"{self.a} (a) minus {self.b} (b), {self.dataset}, model selection method: {self.method.name}"
 
-    def lines(self) -> list[list[str]]:
-        """Return the differences as text, a line each, in the order of HEADER."""
+    def format_lines(self) -> list[list[str]]:
+        """Return the differences as text, one line for each, in the order of HEADER."""
         return [
             [
                 d.where,
@@ -93,18 +91,17 @@ class Comparison:
             for d in self.differences
         ]
 
-    def warnings(self) -> list[str]:
-        """Return a line for the pairs that are left out, and one for every reason why there are too few trials."""
+    def list_warnings(self) -> list[str]:
+        """Return a line for every warning about too few trials, and one for the pairs that are left out."""
         where: dict[str, list[str]] = {}
         for d in self.differences:
-            where.setdefault(d.warning(), []).append(d.where)
+            where.setdefault(d.describe_warning(), []).append(d.where)
         lines = [f"{self.dataset}, {', '.join(names)}: {why}; run more trials" for why, names in where.items() if why]
         return lines + [f"{self.dataset}: {self.left_out} pairs hold NaN and are left out"] * bool(self.left_out)
 
     def to_text(self) -> str:
-        """Return the title, the differences and the warnings as plain text."""
-        table = tabulate(self.lines(), self.HEADER, disable_numparse=True)
-        return "\n".join([f"-------- {self.title}", table, *(f"warning: {w}" for w in self.warnings())])
+        table = tabulate(self.format_lines(), self.HEADER, disable_numparse=True)
+        return "\n".join([f"-------- {self.title}", table, *(f"warning: {w}" for w in self.list_warnings())])
 
 
 def compare_rows(frame: pd.DataFrame, a: str, b: str) -> list[Comparison]:

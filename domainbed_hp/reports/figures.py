@@ -1,9 +1,7 @@
 """Figures of the numbers in the tables, readable in grey and by colour-blind readers: rows differ in marker, too.
 
-Every drawing function returns a matplotlib figure. None shows it, and none changes the global state of matplotlib.
+Drawing functions return a matplotlib figure, and neither show it nor change the global state of matplotlib.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -20,9 +18,10 @@ from domainbed_hp.records import read_records
 from domainbed_hp.reports.load import CollectedRuns
 from domainbed_hp.reports.rows import Run
 from domainbed_hp.reports.tables import Table, check_keys
+from domainbed_hp.run_args import find_differences
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
+"""The palette of Okabe and Ito for colour-blind readers."""
 MARKERS = "osD^vPX<>*"
 LINES = ("-", "--", "-.", ":")
 LEGEND_LINE = 0.22
@@ -43,7 +42,7 @@ def escape_formula(text: str) -> str:
 
 
 def make_axes(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure with axes side by side; `height` and `width` of one of them, in inches."""
+    """Return a figure with axes side by side, each of `height` and `width` in inches."""
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
@@ -55,7 +54,7 @@ def make_axes(columns: int, height: float = 3.2, width: float = 4.2) -> tuple[Fi
 
 
 def add_legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
-    """Add a legend below the axes and make the figure higher by the lines that it needs."""
+    """Add a legend below the axes, and make the figure higher by its lines."""
     handles, labels = axis.get_legend_handles_labels()
     columns = min(columns, 2) if max(map(len, labels), default=0) > 25 else columns
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * -(-len(labels) // columns))
@@ -83,10 +82,9 @@ def draw_accuracies(table: Table) -> Figure:
 
 
 def draw_curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str], names: Sequence[str] = ()) -> Figure:
-    """Draw numbers of the records by step: `names`, validation accuracy (training environments), target accuracy.
+    """Draw `names` (by default the training loss), validation accuracy and target accuracy of the records by step.
 
-    Without names the first is the training loss, which algorithms record under different keys. Lines are means over
-    runs; a band is one standard deviation over runs.
+    Lines are means over runs, bands one standard deviation.
     """
     records = IIDAccuracy.candidates(frame[frame["dataset"] == dataset])
     titles = {"val_acc": "validation accuracy (%)", "test_acc": "target accuracy (%)"}
@@ -117,9 +115,9 @@ def draw_curves(frame: pd.DataFrame, dataset: str, rows: Sequence[str], names: S
 
 
 def draw_selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Figure:
-    """Draw validation against target accuracy of every record: does the best by one have a good value of the other?
+    """Draw validation against target accuracy of every record, with Spearman's rank correlation in each row.
 
-    Spearman's rank correlation is computed for every (row, trial, test environment) and averaged over them.
+    The correlation is the mean over trials and test environments.
     """
     records = IIDAccuracy.candidates(frame[frame["dataset"] == dataset])
     figure, (axis,) = make_axes(1, 3.8, 4.8)
@@ -143,7 +141,7 @@ def draw_selection(frame: pd.DataFrame, dataset: str, rows: Sequence[str]) -> Fi
 
 
 def draw_gates(gates: np.ndarray, title: str) -> Figure:
-    """Draw gates (layers, heads); training starts from 1."""
+    """Draw gates (layers, heads), which are 1 before training."""
     layers, heads = gates.shape
     figure = Figure(figsize=(1.8 + 0.42 * heads, 1.2 + 0.34 * layers), layout="constrained")
     FigureCanvasAgg(figure)
@@ -166,8 +164,8 @@ def draw_gates(gates: np.ndarray, title: str) -> Figure:
 def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
     """Return (step, gates (layers, heads)) of the record of `step`, or else of the last record with gates, or None."""
     gates = None
-    for record in read_records(run.folder, []):  # read again: the table holds numbers only
-        if record.get("gates") and record.get("args") == run.args:
+    for record in read_records(run.folder, []):  # again, since the table holds numbers only
+        if record.get("gates") and not find_differences(run.args, record["args"]):
             gates = record["step"], np.array(record["gates"], dtype=float)
             if record["step"] == step:
                 break
@@ -175,9 +173,9 @@ def read_gates(run: Run, step: int) -> tuple[int, np.ndarray] | None:
 
 
 def draw_chosen_gates(collected: CollectedRuns, method: type[SelectionMethod], notes: list[str]) -> dict[str, Figure]:
-    """Draw the gates of the run and step that a selection method chooses for each row, data set and test environment.
+    """Draw the gates of the first trial's chosen run and step for each row, data set and test environment.
 
-    The first trial stands for the others. A note names the runs that have gates, but none in their records.
+    A note names the runs that have gates, but none in their records.
     """
     figures, without = {}, []
     chosen = method.select(collected.frame).drop_duplicates(["row", "dataset", "test_env"])

@@ -1,6 +1,4 @@
-"""The report as one HTML file that is complete in itself: it loads nothing from the network or from other files."""
-
-from __future__ import annotations
+"""The report as one HTML file that loads nothing from the network or from other files."""
 
 import base64
 import io
@@ -28,17 +26,9 @@ def to_html(
     comparisons: Sequence[Comparison] = (),
 ) -> str:
     """Return the page: tables to sort and filter, figures, missing jobs, failed jobs, configuration and versions."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("domainbed_hp", "reports"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    sections = {
-        "comparison": bool(comparisons),
-        "published": bool(report.published),
-        "figures": bool(figures),
-        "missing": True,
-        "failed": True,
-        "provenance": True,
-    }
+    loader = jinja2.PackageLoader("domainbed_hp", "reports")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    optional = {"comparison": comparisons, "published": report.published, "figures": figures}
     return environment.get_template("page.html").render(
         title=title,
         report=report,
@@ -48,12 +38,12 @@ def to_html(
         figures={name: encode_png(figure) for name, figure in figures.items()},
         missing=describe_jobs(report.missing),
         failed=list(find_failed_jobs(collected)),
-        sections=[name for name, shown in sections.items() if shown],
+        sections=[*(name for name, content in optional.items() if content), "missing", "failed", "provenance"],
     )
 
 
 def list_lines(table: Table) -> Iterator[tuple[str, Sequence[Cell], list[int], list[tuple[str, float | None]]]]:
-    """Yield (row, cells, ranks of the cells, (text, value) of each statistic)."""
+    """Yield (row, cells, ranks of the cells, (text, value) of each statistic) of a table."""
     statistics = [list(zip(statistic.format(), statistic.values, strict=True)) for statistic in table.statistics]
     ranks = table.rank_cells()
     for i, (row, cells) in enumerate(zip(table.rows, table.cells, strict=True)):
@@ -61,7 +51,7 @@ def list_lines(table: Table) -> Iterator[tuple[str, Sequence[Cell], list[int], l
 
 
 def find_failed_jobs(collected: CollectedRuns) -> Iterator[tuple[str, str]]:
-    """Yield (job, last line of its error)."""
+    """Yield (description of a job, last line of its error)."""
     for plan in collected.planned:
         if not plan.done and plan.job.state is State.FAILED:
             yield plan.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.read_failure(plan.job.folder)

@@ -1,7 +1,5 @@
 """Tables as LaTeX with booktabs: a complete document, or a fragment for `\\input`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from domainbed_hp.reports.report import Report
@@ -14,7 +12,7 @@ LATEX = {character: "\\" + character for character in "%_&#${}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    # Bare at the start of a row, these two would be read as arguments of the \\ before it.
+    # At the start of a row, these two would be read as arguments of the \\ before it.
     "[": "{[}",
     "*": "{*}",
 }
@@ -46,8 +44,8 @@ def to_latex(report: Report) -> str:
             lines += ["", rf"\subsubsection{{{escape_latex(table.title)}}}", *format_table(report, table)]
     for published in report.published:
         lines += ["", rf"\subsection{{{escape_latex(published.title)}}}", r"\begin{center}"]
-        lines += [*format_tabular(published.header, published.lines()), r"\end{center}"]
-        lines += [rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.notes()]
+        lines += [*format_tabular(published.header, published.format_lines()), r"\end{center}"]
+        lines += [rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.list_notes()]
     return DOCUMENT + FIT + "\n".join([*lines, r"\end{document}"]) + "\n"
 
 
@@ -59,13 +57,13 @@ def to_fragment(report: Report) -> str:
         lines += ["", r"\begin{table}", caption, *format_table(report, table), r"\end{table}"]
     for published in report.published:
         lines += ["", r"\begin{table}", rf"\caption{{{escape_latex(published.title)}.}}", r"\begin{center}"]
-        lines += [*format_tabular(published.header, published.lines()), r"\end{center}"]
-        lines += [*(rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.notes()), r"\end{table}"]
+        lines += [*format_tabular(published.header, published.format_lines()), r"\end{center}"]
+        lines += [*(rf"{{\footnotesize {escape_latex(note)}\par}}" for note in published.list_notes()), r"\end{table}"]
     return FRAGMENT + FIT + "\n".join(lines) + "\n"
 
 
 def format_table(report: Report, table: Table) -> list[str]:
-    """Return the lines of a centred table and, under it, of a note that lists its missing jobs."""
+    """Return the lines of a centred table and of a note on its missing jobs."""
     ranks = table.rank_cells()
 
     def format_cell(i: int, j: int, cell: Cell) -> str:
@@ -82,10 +80,7 @@ def format_table(report: Report, table: Table) -> list[str]:
 
 
 def format_tabular(header: Sequence[str], grid: Sequence[Sequence[str]], raw: bool = False) -> list[str]:
-    """Return the lines of a booktabs table, shrunk where it is wider than the page.
-
-    Cells are escaped unless `raw`; the header always is.
-    """
+    """Return the lines of a booktabs table, shrunk if it is wider than the page. Cells are escaped unless `raw`."""
     # DEVIATION: names are escaped and never cut; DomainBed cuts \textbf{...} within its braces.
     head = [rf"\textbf{{{escape_latex(text)}}}" for text in header]
     body = [row if raw else [escape_latex(text) for text in row] for row in grid]

@@ -1,9 +1,7 @@
 """Load a folder of runs: one table of all numbers, and the arguments, hparams and versions of every run.
 
-Records are read one by one and only their numbers stay in memory: a sweep of a million records fits on a laptop.
+Only the numbers of records stay in memory: a sweep of a million records fits on a laptop.
 """
-
-from __future__ import annotations
 
 import gc
 import math
@@ -22,11 +20,12 @@ import pandas as pd
 from domainbed_hp.records import read_records
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.rows import PlannedJob, Run, assign_rows
+from domainbed_hp.run_args import find_differences
 from domainbed_hp.run_dir import DONE, RESULTS
 from domainbed_hp.sweep.jobs import SWEEP_FILE, load_sweep
 
 REQUIRED_ARGS = ("algorithm", "dataset", "trial_seed", "hparams_seed", "test_envs")
-"""Arguments that give a run its place in the tables; every record has them."""
+"""Arguments of every record, which give a run its place in the tables."""
 
 
 @dataclass
@@ -44,7 +43,7 @@ class CollectedRuns:
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     """The content of every sweep.json without its jobs."""
     notes: list[str] = field(default_factory=list)
-    """Warnings about what was read, for the user: records left out, repeated runs, protocols that differ."""
+    """Warnings for the user: records that are left out, repeated runs, protocols that differ."""
 
     @property
     def planned_labels(self) -> list[str]:
@@ -52,7 +51,7 @@ class CollectedRuns:
         return list(dict.fromkeys(str(row["label"]) for sweep in self.sweeps for row in sweep["rows"]))
 
     def count_planned_trials(self, label: str) -> int | None:
-        """Return how many trials the sweeps plan for this row alone; None where a sweep plans the usual number."""
+        """Return the number of trials that the sweeps plan for this row alone; None for the usual number."""
         numbers = [row.get("n_trials") for sweep in self.sweeps for row in sweep["rows"] if row["label"] == label]
         return max(numbers) if numbers and all(numbers) else None
 
@@ -61,12 +60,11 @@ def load_runs(input_dir: str | Path) -> CollectedRuns:
     """Load all runs under a folder, in the order of their sorted paths.
 
     Raises:
-        UsageError: `input_dir` is not a folder, a file in it cannot be read, or a record lacks a key that model
-            selection needs.
+        UsageError: `input_dir` is not a folder, a file cannot be read, or a record lacks a key of model selection.
     """
     collected = CollectedRuns()
     gc_was_enabled = gc.isenabled()
-    gc.disable()  # Records are many and hold no reference cycles: loading takes a tenth less time.
+    gc.disable()  # records hold no reference cycles: loading takes a tenth less time
     try:
         return collect_records(read_folders(Path(input_dir), collected), collected)
     finally:
@@ -109,21 +107,24 @@ def walk_folders(input_dir: Path) -> Iterator[tuple[str, set[str]]]:
 def collect_records(
     records: Iterable[tuple[str, dict[str, Any]]], collected: CollectedRuns | None = None
 ) -> CollectedRuns:
-    """Put (folder, record) pairs into one table; consecutive records of one folder with equal arguments are one run.
+    """Add the table and runs of (folder, record) pairs to `collected`, which has their sweeps and notes.
 
-    `collected` holds the sweeps and notes that go with the records; the runs and the table are added to it.
+    Consecutive records of one folder are one run, unless their arguments are those of different runs.
     """
     collected = collected or CollectedRuns()
     runs = collected.runs
     run_of_record = array("q")
     stores: dict[tuple[str, ...], NumberStore] = {}
-    args: dict[str, Any] | None = None
+    args: dict[str, Any] = {}
     last_folder: str | None = None
     store: NumberStore | None = None
     for folder, record in records:
-        new_run = args is None or folder != last_folder or record.get("args") != args
+        new_run = folder != last_folder
+        if new_run or record.get("args") != args:
+            last_args, args, last_folder = args, record.get("args") or {}, folder
+            # A resumed run may have another data_dir or device, or arguments that an earlier version wrote.
+            new_run = new_run or bool(find_differences(last_args, args))
         if new_run:
-            args, last_folder = record.get("args") or {}, folder
             check_args(args, f"a record of {folder}")
             hparams, protocol = record.get("hparams", {}), record.get("protocol", {})
             runs.append(Run(folder, args, hparams, [], record.get("image_size"), protocol))
@@ -154,16 +155,16 @@ def spread_over_records(values: list[Any], run_of_record: pd.Series) -> pd.Serie
     """Return a column that holds, for every record, the value of its run."""
     by_run = np.empty(len(values), dtype=object)
     by_run[:] = values
-    return pd.Series(by_run[run_of_record], dtype=object)  # Objects are quicker to iterate than pandas' strings.
+    return pd.Series(by_run[run_of_record], dtype=object)  # objects are faster to iterate than pandas' strings
 
 
 def check_args(args: Collection[str], source: str) -> None:
-    """Raise `UsageError` where arguments lack one of `REQUIRED_ARGS`; `source` says where they were read."""
+    """Raise `UsageError` if arguments lack one of `REQUIRED_ARGS`; `source` names their place."""
     require_keys([f"args.{name}" for name in args], [f"args.{name}" for name in REQUIRED_ARGS], source)
 
 
 def require_keys(keys: Collection[str], required: Iterable[str], source: str) -> None:
-    """Raise `UsageError` where one of the required keys is absent; `source` says where the keys were read."""
+    """Raise `UsageError` if one of the required keys is absent; `source` names the place of the keys."""
     if missing := [key for key in required if key not in keys]:
         raise UsageError(
             f"{source} has no {', '.join(missing)}; a record needs args.algorithm, args.dataset, args.test_envs, "
@@ -173,15 +174,14 @@ def require_keys(keys: Collection[str], required: Iterable[str], source: str) ->
 
 
 def describe_repeated_runs(collected: CollectedRuns) -> list[str]:
-    """Return a note for every run whose records would count more than once; leave-one-out leaves such steps out."""
+    """Return a note for every run whose records count more than once."""
     ids: dict[tuple[Any, ...], int] = {}
     id_of_run = []
     for run in collected.runs:
         seeds, envs = (run.args["trial_seed"], run.args["hparams_seed"]), tuple(sorted(run.args["test_envs"]))
         id_of_run.append(ids.setdefault((run.row, run.args["dataset"], seeds, envs), len(ids)))
-    places = pd.DataFrame(
-        {"id": np.array(id_of_run, dtype=int)[collected.frame["run"]], "step": collected.frame["step"]}
-    )
+    id_of_record = np.array(id_of_run, dtype=int)[collected.frame["run"]]
+    places = pd.DataFrame({"id": id_of_record, "step": collected.frame["step"]})
     notes = []
     for repeated in sorted(places["id"][places.duplicated()].unique()):
         folders = dict.fromkeys(run.folder for run, i in zip(collected.runs, id_of_run, strict=True) if i == repeated)

@@ -1,12 +1,9 @@
-"""Find the jobs that are missing, and the cells of the tables that each would complete.
+"""Find the jobs that the tables lack, and the cells that they would complete.
 
-Expected are the jobs that a sweep lists. Expected are also, for every row and data set, all trials that any row has on
-this data set (or as many as the sweep plans for the row), each with the test environments and hparams seeds of the row.
-A job that a sweep lists is missing until it is done. Any other is missing unless its last record has the same step as
-the last of its row on this data set.
+Expected are the jobs that a sweep lists, and for every row and data set all trials that any row has on this data set
+(or as many as the sweep plans for the row), each with the test environments and hparams seeds of the row. A job that a
+sweep lists is missing until it is done, any other until it has a record of the last step of its row on this data set.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -41,7 +38,7 @@ class MissingJob:
         return tuple(self.job.args["test_envs"])
 
     def completes(self, env: int, method: type[SelectionMethod]) -> bool:
-        """Return True if the cell of this row under test environment `env` lacks this job under the method."""
+        """Return whether the cell of this row and test environment `env` lacks this job under the method."""
         return env in self.test_envs and len(self.test_envs) in method.num_test_envs
 
 
@@ -76,7 +73,7 @@ def find_missing(collected: CollectedRuns) -> list[MissingJob]:
         row, dataset = place
         keys = [*args_of[place], *planned[place]]
         envs = {(i,) for i in range(num_envs[dataset])} | {envs for envs, _, _ in keys}
-        if any(len(e) == 2 for e in envs):  # A row with one pair of test environments should have all pairs.
+        if any(len(e) == 2 for e in envs):  # a row with one pair of test environments should have all pairs
             envs |= {(i, j) for i in range(num_envs[dataset]) for j in range(i + 1, num_envs[dataset])}
         row_trials = sorted(trials[dataset])[: collected.count_planned_trials(labels[row])]
         for trial, test_envs, seed in product(row_trials, sorted(envs), sorted({seed for _, _, seed in keys})):
@@ -97,7 +94,7 @@ def make_key(args: dict[str, Any]) -> Key:
 
 
 def make_job(example: dict[str, Any], key: Key, output_dir: Path) -> Job:
-    """Return the job with the arguments of an example, but with the test environments and seeds of `key`."""
+    """Return the job with the arguments of an example, and the test environments and seeds of `key`."""
     test_envs, trial, hparams_seed = key
     seed = seed_hash(example["dataset"], example["algorithm"], list(test_envs), hparams_seed, trial)
     args = {name: value for name, value in name_flags(example).items() if name != "output_dir" and value}

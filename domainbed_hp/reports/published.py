@@ -1,7 +1,5 @@
 """Numbers that papers report, shown next to ours and never averaged with them; `published.toml` holds them."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ DATASETS = ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet")
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row of one source. Accuracies are in percent; a number that the source does not give has no entry."""
+    """One row of one source. Accuracies are in percent; a number that the source lacks has no entry."""
 
     method: str
     source: str
@@ -43,15 +41,12 @@ class PublishedTable:
     def header(self) -> list[str]:
         return ["Published", *self.columns, "source", "weights", "target", "selection"]
 
-    def lines(self) -> list[list[str]]:
-        """Return all lines below the header."""
-        return [
-            [row.method, *cells, row.source, row.weights, row.target, row.selection]
-            for row, cells in zip(self.rows, self.cells, strict=True)
-        ]
+    def format_lines(self) -> list[list[str]]:
+        pairs = zip(self.rows, self.cells, strict=True)
+        return [[r.method, *cells, r.source, r.weights, r.target, r.selection] for r, cells in pairs]
 
-    def notes(self) -> list[str]:
-        """Return the meaning of the letters that name sources, the remarks on rows, and a warning."""
+    def list_notes(self) -> list[str]:
+        """Return the names of the sources by their letters, the remarks on rows, and a warning."""
         used = {letter for row in self.rows for letter in row.source.split(", ")}
         sources = "; ".join(f"{letter}: {text}" for letter, text in load_published()[0].items() if letter in used)
         remarks = "; ".join(f"{row.method} ({row.source}): {row.remark}" for row in self.rows if row.remark)

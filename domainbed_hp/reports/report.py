@@ -1,7 +1,5 @@
 """The report: tables, the jobs that they lack, and the origin of their numbers. Every format is made from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -24,7 +22,7 @@ class Report:
     num_records: int
     missing: list[MissingJob] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Warnings for the user: everything about the numbers that the tables do not show."""
+    """Warnings for the user about numbers in the tables."""
     provenance: dict[str, Any] = field(default_factory=dict)
     absent_rows: list[str] = field(default_factory=list)
     """A line for every row without a run on a data set that other rows have runs on."""
@@ -37,7 +35,7 @@ class Report:
             yield members[0].method, members
 
     def list_missing(self, table: Table) -> list[str]:
-        """Return a line for the jobs that would complete the marked cells of a table."""
+        """Return lines on the jobs that would complete the marked cells of a table."""
         return describe_jobs(
             job
             for job in self.missing
@@ -91,13 +89,13 @@ CONDITIONS = {
 
 
 def describe_conditions(collected: CollectedRuns) -> list[str]:
-    """Return a line for every unusual condition, with the rows that it holds for."""
+    """Return a line for every unusual condition, with its rows."""
     rows = {name: dict.fromkeys(run.row for run in collected.runs if run.protocol.get(name)) for name in CONDITIONS}
     return [f"{', '.join(names)}: {CONDITIONS[name]}" for name, names in rows.items() if names]
 
 
 def describe_short_rows(collected: CollectedRuns) -> list[str]:
-    """Return a line that names the rows for which a sweep plans fewer trials than others have; none: no line."""
+    """Return a line on the rows for which a sweep plans fewer trials than others have, if there are any."""
     most = collected.frame["trial_seed"].nunique() if len(collected.frame) else 0
     planned = {label: collected.count_planned_trials(label) for label in collected.planned_labels}
     short = [f"{label} ({n})" for label, n in planned.items() if n and n < most]

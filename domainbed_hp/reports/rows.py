@@ -1,7 +1,5 @@
 """Runs and planned jobs, and their rows of the tables: runs of different protocols never share a row."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,18 +15,18 @@ WEIGHTS = ("clip_model", "clip_pretrained", "backbone")
 
 @dataclass
 class Run:
-    """One run: everything that its records have in common."""
+    """One run, with the facts that its records share."""
 
     folder: str
     args: dict[str, Any]
     hparams: dict[str, Any] = field(default_factory=dict)
     versions: list[dict[str, Any]] = field(default_factory=list)
-    """Versions, commit and hardware; several, in order, where the run was resumed under different ones."""
+    """Versions, commit and hardware; several, in order, if the run was resumed under others."""
     image_size: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
     """Conditions under which the run was trained and scored, e.g. {"weights": ..., "transductive": True}."""
     row: str = ""
-    """The row of the tables that the run belongs to."""
+    """The run's row of the tables."""
 
     @property
     def label(self) -> str:
@@ -37,7 +35,7 @@ class Run:
 
 @dataclass
 class PlannedJob:
-    """A job that a sweep.json lists, and the row of the tables that it belongs to."""
+    """A job that a sweep.json lists, and its row of the tables."""
 
     job: Job
     done: bool
@@ -80,25 +78,22 @@ def assign_rows(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[str]
 def assign_planned_rows(
     runs: Sequence[Run], planned: Sequence[PlannedJob], protocols: Sequence[Mapping[str, str]]
 ) -> None:
-    """Give a planned job the row of its own run, or else the only row whose protocol does not contradict its own.
+    """Give a planned job the row of its run, or else the only row whose protocol agrees with the job's.
 
     `protocols` are those of the runs, then those of the planned jobs.
     """
     row_of_folder = {run.folder: run.row for run in runs}
     protocol_of_row = {run.row: protocol for run, protocol in zip(runs, protocols, strict=False)}
     for plan, protocol in zip(planned, protocols[len(runs) :], strict=True):
-        rows = [
-            row
-            for row, other in protocol_of_row.items()
-            if all(other.get(name, value) == value for name, value in protocol.items())
-        ]
+        pairs = protocol_of_row.items()
+        rows = [row for row, other in pairs if all(other.get(name, v) == v for name, v in protocol.items())]
         plan.row = row_of_folder.get(str(plan.job.folder), rows[0] if len(rows) == 1 else plan.row)
 
 
 def list_protocols(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[dict[str, str]]:
     """Return the protocols of runs, then of planned jobs: name of a setting -> its value as text.
 
-    A record may lack a setting, which then has no entry: only what both of two runs state can differ.
+    A setting that a record lacks has no entry, and differs from no other.
     """
     settings: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
     for run in runs:
@@ -117,7 +112,7 @@ def list_protocols(runs: Sequence[Run], planned: Sequence[PlannedJob]) -> list[d
 
 
 def parse_overrides(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the argument `hparams` of a run sets, however it was typed; None where the arguments lack it."""
+    """Return the values that the argument `hparams` of a run sets; None if the arguments lack it."""
     if "hparams" not in args:
         return None
     try:

@@ -1,6 +1,4 @@
-"""Tables of results as numbers, averaged as DomainBed's collect_results.py does; every format is made from them."""
-
-from __future__ import annotations
+"""Tables of results as numbers, averaged as by DomainBed's collect_results.py; every format is made from them."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ class Cell:
     err: float | None = None
     n: int = 0
     missing: int = 0
-    """Number of jobs that are missing: with them the mean may change."""
+    """Number of missing jobs, with which the mean may change."""
 
     def format(self, plus_minus: str) -> str:
         """Return e.g. `98.0 +/- 0.2`, `98.0` without an error, `X` without a mean."""
@@ -41,7 +39,7 @@ class Statistic:
 
     name: str
     unit: str
-    """Empty for a number of the records that is shown by its key."""
+    """Empty for a number that is shown by its key."""
     values: tuple[float | None, ...]
 
     @property
@@ -63,7 +61,7 @@ class Statistic:
 class Table:
     """The results `cells[row][column]` on one data set under one selection method; the last column is the average.
 
-    Without a dataset it is the table of averages, with a column per data set.
+    The table of averages has no dataset, and a column for each one.
     """
 
     dataset: str | None
@@ -82,7 +80,7 @@ class Table:
         return ["Algorithm", *self.columns, *(statistic.header for statistic in self.statistics)]
 
     def format_lines(self, format_cell: Callable[[int, int, Cell], str]) -> list[list[str]]:
-        """Return all lines below the header as text; `format_cell` takes the row, the column and the cell."""
+        """Return the lines below the header as text; `format_cell` takes the row, the column and the cell."""
         statistics = [statistic.format() for statistic in self.statistics]
         return [
             [row, *(format_cell(i, j, cell) for j, cell in enumerate(cells)), *(values[i] for values in statistics)]
@@ -121,10 +119,9 @@ def average_cells(cells: Sequence[Cell]) -> Cell:
 
 
 def order_rows(frame: pd.DataFrame, planned: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the rows in the order of tables.
+    """Return the rows by algorithm: those of the registry in its order, then unregistered ones by name.
 
-    Algorithms come in the order of the registry, then unregistered ones by name. The rows of one algorithm come in the
-    order of `planned`, then the one that is named like the algorithm, then the others by name.
+    The rows of one algorithm come in the order of `planned`, then the row of the algorithm's name, then the others.
     """
     # DEVIATION: DomainBed shows unregistered ones as first seen, hence in the order of the file system.
     names = frame["algorithm"].unique()
@@ -140,10 +137,7 @@ def order_rows(frame: pd.DataFrame, planned: Sequence[str] = ()) -> tuple[str, .
 
 
 def list_environments(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
-    """Return data set -> names of its environments.
-
-    Data sets come in the order of the registry, then unregistered ones by name, with environments 0, 1, ...
-    """
+    """Return data set -> names of its environments, in the order of the registry, then unregistered ones by name."""
     # DEVIATION: DomainBed drops a dataset that it does not know.
     num_envs = frame.groupby("dataset")["num_envs"].max()
     order = [name for name in registry.DATASETS if name in num_envs]
@@ -173,10 +167,9 @@ def check_keys(frame: pd.DataFrame, keys: Sequence[str], more: Sequence[str] = (
 def make_statistics(
     frame: pd.DataFrame, chosen: pd.DataFrame, rows: Sequence[str], names: Sequence[str]
 ) -> tuple[Statistic, ...]:
-    """Return a column for each name.
+    """Return a column for each name: one of `COSTS`, over all records, or the mean of a key over the chosen records.
 
-    One of `COSTS` is over all records of a row, but a step's time without step 0, which pays for the start. Any other
-    name is a key of the records: its mean over the records that were chosen.
+    The time of a step is without step 0, which pays for the start.
     """
     statistics = []
     for name in names:
@@ -187,7 +180,7 @@ def make_statistics(
             header, unit, key, function, factor, records = name, "", name, "mean", 1, chosen
         values = records.groupby("row")[key].agg(function) * factor if key in records else pd.Series(dtype=float)
         if name == "memory":
-            values = values.replace(0, None)  # A run on a CPU records 0, because nothing is measured there.
+            values = values.replace(0, None)  # on a CPU nothing is measured
         by_row = values.reindex(list(rows))
         statistics.append(Statistic(header, unit, tuple(None if pd.isna(v) else float(v) for v in by_row)))
     return tuple(statistics)
@@ -199,9 +192,9 @@ def build_tables(
     missing: Sequence[MissingJob] = (),
     statistics: Sequence[str] = (),
 ) -> list[Table]:
-    """Return one table per data set, its cells over trials, then the table of averages.
+    """Return one table per data set, with means over trials, then the table of averages.
 
-    For the averages, a trial is first averaged over those of its environments that have a result.
+    For the averages, a trial is first averaged over its environments with a result.
     """
     frame = collected.frame
     rows, environments = order_rows(frame, collected.planned_labels), list_environments(frame)
@@ -225,7 +218,7 @@ def build_tables(
         lines = []
         for row, line in zip(rows, cells, strict=True):
             average = average_cells(line)
-            if dataset is None:  # Jobs on a data set without a record, hence without a column, count in the average.
+            if dataset is None:  # jobs on a data set without a column count in the average
                 others = sum(n for (r, d, _), n in num_missing.items() if r == row and d not in environments)
                 average = replace(average, missing=average.missing + others)
             lines.append((*line, average))
@@ -249,7 +242,7 @@ def describe_absent_rows(tables: Sequence[Table], frame: pd.DataFrame) -> list[s
 
 
 def explain_empty_cells(tables: Sequence[Table], frame: pd.DataFrame) -> list[str]:
-    """Return a line for every row with an X though no job is missing, where the selection method has a reason."""
+    """Return a line with the method's reason for every row that has an X though no job is missing."""
     lines = []
     for table in tables:
         records = frame[frame["dataset"] == table.dataset]

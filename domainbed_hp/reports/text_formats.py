@@ -1,7 +1,5 @@
 """Tables as text (DomainBed's own layout), Markdown, CSV and JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +15,7 @@ DAGGER = "†"
 
 
 def to_text(report: Report) -> str:
-    """Return DomainBed's plain layout: columns of 20 characters (averages: 25), separated by two spaces."""
+    """Return DomainBed's layout: columns of 20 characters (averages: 25), separated by two spaces."""
     lines = [f"Total records: {report.num_records}"]
     for table in report.tables:
         title = "Averages" if table.dataset is None else f"Dataset: {table.dataset}"
@@ -27,8 +25,8 @@ def to_text(report: Report) -> str:
         width = max(25 if table.dataset is None else 20, *(len(text) for row in grid for text in row))
         lines += ["  ".join(text.ljust(width) for text in row) + " " for row in grid]
     for paper in report.published:
-        shown = tabulate(paper.lines(), paper.header, disable_numparse=True)
-        lines += ["", f"-------- {paper.title}", *shown.splitlines(), *paper.notes()]
+        shown = tabulate(paper.format_lines(), paper.header, disable_numparse=True)
+        lines += ["", f"-------- {paper.title}", *shown.splitlines(), *paper.list_notes()]
     return "\n".join(lines) + "\n"
 
 
@@ -42,8 +40,8 @@ def to_markdown(report: Report) -> str:
             if notes := report.list_missing(table):
                 lines += ["", f"{DAGGER} Incomplete, for want of:", "", *(f"- {escape_markdown(n)}" for n in notes)]
     for paper in report.published:
-        lines += ["", f"## {paper.title}", "", format_pipes(paper.header, paper.lines())]
-        lines += [line for note in paper.notes() for line in ("", note)]
+        lines += ["", f"## {paper.title}", "", format_pipes(paper.header, paper.format_lines())]
+        lines += [line for note in paper.list_notes() for line in ("", note)]
     return "\n".join(lines) + "\n"
 
 
@@ -91,7 +89,7 @@ def to_csv(report: Report) -> str:
 
 def to_json(report: Report) -> str:
     """Return everything that the tables and their notes hold, and the origin of the numbers."""
-    published = [{"title": t.title, "header": t.header, "rows": t.lines()} for t in report.published]
+    published = [{"title": t.title, "header": t.header, "rows": t.format_lines()} for t in report.published]
     content = {
         "records": report.num_records,
         "cells": json.loads(make_long_form(report).to_json(orient="records", double_precision=15)),

@@ -20,9 +20,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
 
 @contextlib.contextmanager
 def pause_gc() -> Iterator[None]:
-    """Import torch and what builds on it without garbage collection, and leave the new objects out of all later ones.
+    """Import torch without garbage collection, and leave the new objects out of all later collections.
 
-    Imports make no garbage to speak of. Searching it, then and at exit, took 1.4 s of the 4 s CPU of a run of one step.
+    Imports make little garbage. The search for it, then and at exit, took 1.4 of the 4 s CPU of a run of one step.
     """
     if "torch" in sys.modules:
         yield

@@ -40,7 +40,6 @@ MAX_LINES = 20
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m domainbed_hp.scripts.collect_results", description=__doc__)
     add_input_flags(p)
     formats = p.add_mutually_exclusive_group()
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, content in copies.items():
             try:
                 write_file(args.input_dir / name, content)
-            except UsageError as error:  # A folder of runs that cannot be written to can still be read.
+            except UsageError as error:  # a read-only folder of runs can still be read
                 print_notes([str(error)])
     if args.html:
         write_file(args.html, make_page(report, collected, str(args.input_dir), comparisons))
@@ -123,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print notes to stderr."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 

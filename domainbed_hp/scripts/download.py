@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = True
                 continue
             if not args.json:
-                print("\n" * bool(results) + result.as_text(), flush=True)
-            results.append(result.as_json())
+                print("\n" * bool(results) + result.to_text(), flush=True)
+            results.append(result.to_json())
         if args.json:
             print(json.dumps(results, indent=1))
         return 2 if failed else 0 if all(result["ok"] for result in results) else 1

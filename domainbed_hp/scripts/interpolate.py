@@ -4,8 +4,6 @@ The weights are (1 - alpha) * initial + alpha * trained; nothing is trained agai
 accuracies. With --output_dir it also writes a run for each alpha, with average=wise, that collect_results reads.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> dict[float, dict[str, Any]]:
-    """Return the accuracies and the loss at each alpha, as a record has them. All have the trained model's buffers."""
+    """Return alpha -> accuracies and loss, as in a record. All have the trained model's buffers."""
     import torch
 
     from domainbed_hp.datasets.loading.loader import make_eval_loaders
@@ -75,25 +73,20 @@ def evaluate_alphas(run_dir: Path, args: RunArgs, alphas: Sequence[float]) -> di
         raise UsageError(f"{run_dir}: {spec.algorithm} trained nothing, so there is nothing to interpolate")
     algorithm.load_state_dict(trained.trained_state(), strict=False)
     cast = torch.autocast(setup.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    environments, limit = setup.dataset.environments, args.eval_images
+    images, where = (setup.dataset.environments, setup.scored_splits), (setup.device, setup.preprocess)
     rows = {}
-    with ThreadPool(setup.num_workers) as workers:
+    with ThreadPool(setup.num_workers) as threads:
         batch_size = EVAL_BATCH["cuda" if setup.on_gpu else "cpu"]
-        loaders = make_eval_loaders(
-            environments, setup.scored_splits, batch_size, workers, max_images=limit, pin=setup.on_gpu
-        )
+        loaders = make_eval_loaders(*images, batch_size, threads, max_images=args.eval_images, pin=setup.on_gpu)
         for alpha in alphas:
             with swap_weights(wise.parameters, wise.interpolate(alpha)), evaluation_mode(algorithm), cast:
-                scores = {
-                    name: score_split(algorithm, loader, setup.device, setup.preprocess)
-                    for name, loader in loaders.items()
-                }
+                scores = {name: score_split(algorithm, loader, *where) for name, loader in loaders.items()}
             rows[alpha] = make_score_columns(scores, setup.train_envs) | {"versions": find_versions(setup.device)}
     return rows
 
 
 def write_run(row: dict[str, Any], last: dict[str, Any], folder: Path, alpha: float) -> None:
-    """Write the run that training with average=wise would have made; its label is its own, so that its row is, too."""
+    """Write the run that training with average=wise would have made, with a label, and thus a row, of its own."""
     wise: dict[str, Any] = {"average": "wise", "wise_alpha": alpha}
     args = last["args"]
     label = f"{args['label'] or args['algorithm']}, alpha {alpha:g}"

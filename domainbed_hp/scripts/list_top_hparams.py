@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_choice(collected: CollectedRuns, records: pd.DataFrame, choice: Any) -> None:
-    """Print accuracies and hparams of one line of `rank_runs`, and the folders of its runs among the records."""
+    """Print accuracies and hparams of one line of `rank_runs`, and the folders of its runs."""
     print(f"\tval_acc: {100 * choice.val_acc:.1f}  test_acc: {100 * choice.test_acc:.1f}  step: {choice.step}")
     same = (records["trial_seed"] == choice.trial_seed) & (records["hparams_seed"] == choice.hparams_seed)
     runs = [collected.runs[i] for i in records.loc[same, "run"].unique()]

@@ -53,7 +53,7 @@ def resize_model(model: open_clip.CLIP, side: int) -> open_clip.CLIP:
 
 
 class Captions:
-    """Encodes captions; remembers their token ids, and leaves out the padding, which causal attention ignores."""
+    """An encoder of captions that remembers token ids and leaves out the padding, which causal attention ignores."""
 
     def __init__(self) -> None:
         self.tokenize = open_clip.SimpleTokenizer(bpe_path=str(MINI / "bytes.txt.gz"), context_length=64)
@@ -84,9 +84,8 @@ def augment_images(x: Tensor) -> Tensor:
     scale = torch.empty(count, 1).uniform_(0.85, 1.1).repeat(1, 2)
     scale[:, 0] *= torch.randint(0, 2, (count,)) * 2 - 1
     theta = torch.cat([torch.diag_embed(scale), torch.empty(count, 2, 1).uniform_(-0.1, 0.1)], dim=2)
-    x = F.grid_sample(
-        x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="border", align_corners=False
-    )
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     gain = torch.empty(count, 1, 1, 1).uniform_(0.7, 1.3) * torch.empty(count, 3, 1, 1).uniform_(0.9, 1.1)
     return x * gain + torch.empty(count, 1, 1, 1).uniform_(-0.3, 0.3)
 

@@ -173,7 +173,7 @@ def report_end(now: SweepStatus, codes: Mapping[Path, int], command: str) -> int
 
 
 def find_jobs(config: str | None, flags: dict[str, Any]) -> list[Job]:
-    """Return the jobs for `status` and `delete_incomplete`. No algorithm is imported if only the folder is named."""
+    """Return the jobs for `status` and `delete_incomplete`, without algorithms if the folder alone is named."""
     if set(flags) <= {"output_dir"}:
         output_dir = Path(flags.get("output_dir") or spec_from(config, flags).output_dir)
         if (output_dir / SWEEP_FILE).exists() or not config:

@@ -1,4 +1,4 @@
-"""Make the description of a sweep from a sweep file and flags."""
+"""Read the description of a sweep from a sweep file and flags."""
 
 import json
 import tomllib
@@ -50,7 +50,7 @@ def parse_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spec_from(config: str | None, flags: Mapping[str, Any]) -> SweepSpec:
-    """Return the sweep that a sweep file and flags describe, or the quickstart if there are neither. Flags win."""
+    """Return the sweep of a sweep file and flags, which win, or the quickstart if there are neither."""
     source = f"--config {config}" if config else "flags" if flags else "quickstart"
     algorithms = flags.get("algorithms") or ([] if config or not flags else list(registry.ALGORITHMS))
     if config or not flags:
@@ -77,7 +77,7 @@ def spec_from(config: str | None, flags: Mapping[str, Any]) -> SweepSpec:
 
 
 def drop_unknown_options(values: dict[str, Any], launcher: str, imports: Any) -> dict[str, Any]:
-    """Return the contents of a sweep file without options that `launcher`, which is not the file's, does not know."""
+    """Return the contents of a sweep file without the options that `launcher`, named by a flag, does not know."""
     import_plugins(imports if isinstance(imports, list) else [])  # the launcher may be the user's
     known = list_launcher_options(registry.load(registry.LAUNCHERS, "launcher", launcher))
     if known is None:
@@ -88,9 +88,9 @@ def drop_unknown_options(values: dict[str, Any], launcher: str, imports: Any) ->
 
 
 def read_jobs(path: str, flags: Mapping[str, Any]) -> list[tuple[SweepSpec, list[Job]]]:
-    """Return the jobs in a file that `collect_results --missing` wrote, by sweep, each with a spec to launch them.
+    """Return the jobs in a file of `collect_results --missing` by sweep, with a spec to launch them.
 
-    `flags` may say where jobs run and where data lie, but nothing that would make other jobs of them.
+    `flags` may say where jobs run and where data lie. `UsageError` for flags that would make other jobs.
     """
     where = {name: flags[name] for name in run_args.SHARED if name in run_args.WHERE and name in flags}
     for name in flags:
@@ -133,7 +133,7 @@ def make_row(job: Job) -> Row:
 
 
 def override_hparams(spec: SweepSpec, hparams: dict[str, Any]) -> SweepSpec:
-    """Return `spec` with `hparams` for every algorithm that has them, also where a row or an algorithm sets its own."""
+    """Return `spec` with `hparams` for every algorithm that has them, in place of those of rows and algorithms."""
 
     def replace_values(table: dict[str, Any]) -> dict[str, Any]:
         return table | {name: value for name, value in hparams.items() if name in table}

@@ -1,4 +1,4 @@
-"""Jobs, and the list of a sweep's jobs in its `sweep.json`. A job is one run: its arguments and its folder."""
+"""Jobs, each a run with its arguments and folder, and the list of a sweep's jobs in its `sweep.json`."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import filelock
 
@@ -23,10 +23,10 @@ from domainbed_hp.run_dir import State
 TRAIN_MODULE = "domainbed_hp.scripts.train"
 SWEEP_FILE = "sweep.json"
 LAUNCHERS = "launchers"
-"""Folder in that of a sweep; it has a folder for each launcher that is at work."""
+"""Name of the folder, in that of a sweep, with a folder for each launcher at work."""
 
 
-def job_name(args: Mapping[str, Any]) -> str:
+def make_job_name(args: Mapping[str, Any]) -> str:
     """Return the md5 of the sorted JSON of `args`, 32 hex digits, as DomainBed's scripts/sweep.py."""
     return hashlib.md5(json.dumps(dict(args), sort_keys=True).encode()).hexdigest()
 
@@ -36,23 +36,23 @@ class Job:
     """One run of a sweep."""
 
     args: dict[str, Any]
-    """Arguments of `train`, by the names of their flags, without output_dir."""
+    """Name of a flag of `train` -> value, without output_dir."""
     folder: Path
     """The run's output_dir."""
 
     @classmethod
-    def create(cls, output_dir: Path, args: dict[str, Any]) -> "Job":
-        """Return the job with these arguments; its name is that of its folder in `output_dir`."""
-        return cls(args, output_dir / job_name({name: v for name, v in args.items() if name not in WHERE}))
+    def create(cls, output_dir: Path, args: dict[str, Any]) -> Self:
+        """Return the job with these arguments. Its folder in `output_dir` has its name."""
+        return cls(args, output_dir / make_job_name({name: v for name, v in args.items() if name not in WHERE}))
 
     @property
     def state(self) -> State:
-        """State of the run, read from its folder."""
+        """State of the run, as its folder shows it."""
         return run_dir.read_state(self.folder)
 
     @property
     def row(self) -> str:
-        """Label of the row of a table that the run belongs to."""
+        """Label of the run's row in tables."""
         return str(self.args.get("label", self.args["algorithm"]))
 
     @property
@@ -69,9 +69,9 @@ class Job:
 
     def describe(self, state: State) -> str:
         """Return one line, as DomainBed's, with the error of a failed job."""
-        what = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
-        why = f": {run_dir.read_failure(self.folder)}" if state == State.FAILED else ""
-        return f"{state}: {self.folder} {what}{why}"
+        facts = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
+        reason = f": {run_dir.read_failure(self.folder)}" if state == State.FAILED else ""
+        return f"{state}: {self.folder} {facts}{reason}"
 
     def delete(self) -> None:
         """Remove the job's folder; `RunTaken` if the run is done or a process works on it."""
@@ -127,7 +127,7 @@ def register_launcher(
 
 
 def find_launchers(output_dir: Path) -> list[float]:
-    """Return when each launcher that is at work on a sweep started, in seconds since the epoch."""
+    """Return the start of each launcher that is at work on a sweep, in seconds since the epoch."""
     started = []
     for folder in (output_dir / LAUNCHERS).glob("*-*"):
         with contextlib.suppress(OSError):  # the launcher ends just now
@@ -137,10 +137,9 @@ def find_launchers(output_dir: Path) -> list[float]:
 
 
 def save_sweep(output_dir: Path, sweep: Mapping[str, Any], jobs: Sequence[Job], *, list_all: bool) -> None:
-    """Write sweep.json, whole or not at all. Jobs of earlier launches stay listed if they have a folder.
+    """Write sweep.json. Jobs of earlier launches stay listed if they have a folder, and with `list_all` all of them.
 
-    With `list_all` the others stay, too: another launcher will start them. Without it they go, so that a launch with
-    wrong arguments leaves no jobs behind.
+    With `list_all` another launcher will start them. Without it, a launch with wrong arguments leaves no jobs behind.
     """
     path = output_dir / SWEEP_FILE
     earlier: list[Job] = []

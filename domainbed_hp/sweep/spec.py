@@ -9,7 +9,7 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from domainbed_hp import __version__, registry, run_args
 from domainbed_hp.registry import UsageError
@@ -18,7 +18,7 @@ from domainbed_hp.seeds import seed_hash
 from domainbed_hp.sweep.jobs import Job
 
 LAUNCHER_FLAGS: dict[str, Any] = {"max_parallel": int, "jobs_per_gpu": int, "slurm": dict[str, Any]}
-"""Options of the package's launchers that have a flag and a key of their own, with their types."""
+"""Type of each option of the package's launchers that is a flag and a key of a sweep file."""
 UNIONS = (UnionType, Union)
 """Origins of `int | None` and `Optional[int]`."""
 
@@ -60,15 +60,15 @@ class SweepSpec:
     hparams: dict[str, Any] = field(default_factory=dict)
     """`name: value` for every algorithm that has the hparam, and `algorithm: {name: value}` for one algorithm."""
     run: dict[str, Any] = field(default_factory=dict)
-    """Arguments that all runs share, as far as they are given; the sweep file has them as keys of its own."""
+    """The given ones of the arguments that all runs share; each is a key of a sweep file."""
 
     @property
     def run_args(self) -> RunArgs:
-        """The arguments that all runs share, with the defaults of those that are not given."""
+        """The arguments that all runs share, with defaults in place of those that are not given."""
         return RunArgs.of(self.run)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], source: str) -> "SweepSpec":
+    def of(cls, values: Mapping[str, Any], source: str) -> Self:
         """Return the spec in the contents of a sweep file.
 
         Args:
@@ -93,7 +93,7 @@ class SweepSpec:
         return spec
 
     def check(self) -> None:
-        """`UsageError` for values that make no sweep."""
+        """Raise `UsageError` for values that make no sweep."""
         if not (self.output_dir and self.datasets and self.rows):
             raise UsageError("output_dir, datasets and rows must not be empty; set all three")
         if self.n_trials < 1 or self.n_trials_from < 0 or not 0 <= self.n_hparams_from < self.n_hparams:
@@ -120,11 +120,7 @@ class SweepSpec:
 
 
 def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return a table of a sweep file with lists as tuples, after a check of its keys and types.
-
-    Args:
-        cls: `Row` for one of [[rows]], `SweepSpec` for the whole file.
-    """
+    """Check keys and types of a sweep file (`cls` SweepSpec) or of one of its rows (Row); return lists as tuples."""
     types = get_type_hints(cls)
     if cls is SweepSpec:
         del types["run"]
@@ -136,7 +132,7 @@ def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, 
             raise UsageError(f"{source}: {name} is {value!r}; expected {describe_type(types[name])}")
     missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
     if missing:
-        raise UsageError(f"{source}: missing {', '.join(missing)}; set this")
+        raise UsageError(f"{source}: missing {', '.join(missing)}")
     return {name: to_tuple(value) for name, value in values.items()}
 
 
@@ -165,7 +161,7 @@ def to_tuple(value: Any) -> Any:
 
 
 def list_launcher_options(launcher: Callable[..., list[int]]) -> dict[str, Any] | None:
-    """Return the type of each option of a launcher, that is, of each parameter after the commands; None: any option."""
+    """Return the type of each parameter of a launcher after the commands; None if it takes any option."""
     parameters = list(inspect.signature(launcher, eval_str=True).parameters.values())[1:]
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -173,7 +169,7 @@ def list_launcher_options(launcher: Callable[..., list[int]]) -> dict[str, Any] 
 
 
 def load_launcher(spec: SweepSpec) -> partial[list[int]]:
-    """Return the spec's launcher with its options; `UsageError` for an unknown option or a value of the wrong type."""
+    """Return the spec's launcher with its options; `UsageError` for an unknown option or a wrong type."""
     launcher = registry.load(registry.LAUNCHERS, "launcher", spec.launcher)
     known, options = list_launcher_options(launcher), dict(spec.launcher_options)
     for name, value in options.items():
@@ -184,8 +180,8 @@ def load_launcher(spec: SweepSpec) -> partial[list[int]]:
 
 
 def read_option(name: str, value: Any, hint: Any) -> Any:
-    """Return the value of a launcher's option in its annotated type; words of the command line are read as JSON."""
-    if isinstance(value, dict):  # options of sbatch, which are words
+    """Return the value of a launcher's option in its annotated type; text of the command line is read as JSON."""
+    if isinstance(value, dict):  # options of sbatch, which are text
         return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in value.items()}
     if isinstance(value, str) and not is_of_type(value, hint):
         with contextlib.suppress(ValueError):
@@ -230,12 +226,9 @@ def make_jobs(spec: SweepSpec, rows: Sequence[Row]) -> list[Job]:
         if trial >= (row.n_trials or spec.n_trials):
             continue
         trial_seed = spec.n_trials_from + trial
-        own = {
-            "label": row.label,
-            "hparams": json.dumps(row.hparams, sort_keys=True) if row.hparams else "",
-            "steps": row.steps,
-        }
-        row_args = shared | {name: value for name, value in own.items() if value}
+        hparams = json.dumps(row.hparams, sort_keys=True) if row.hparams else ""
+        settings = {"label": row.label, "hparams": hparams, "steps": row.steps}
+        row_args = shared | {name: value for name, value in settings.items() if value}
         for test_envs, hparams_seed in product(test_envs_of[dataset], range(spec.n_hparams_from, spec.n_hparams)):
             args = row_args | {
                 "dataset": dataset,

@@ -1,4 +1,4 @@
-"""Count the states of a sweep's jobs, and estimate how long the rest takes. No torch or pandas is imported here."""
+"""Count the states of a sweep's jobs, and estimate the time of the rest. No torch or pandas is imported here."""
 
 import time
 from collections import Counter, defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from domainbed_hp import run_dir
 from domainbed_hp.records import last_record
@@ -14,10 +14,10 @@ from domainbed_hp.run_dir import State
 from domainbed_hp.sweep.jobs import Job, find_launchers
 
 RECENT = 50
-"""Number of the latest finished jobs that the rate is computed from."""
+"""Number of the latest finished jobs in the rate."""
 SHOWN = (State.DONE, State.RUNNING, State.FAILED, State.INCOMPLETE, State.NOT_LAUNCHED)
 ALWAYS = (State.DONE, State.INCOMPLETE, State.NOT_LAUNCHED)
-"""The states of DomainBed. Its summary shows them even if no job has them."""
+"""States that the summary shows even if no job has them, as DomainBed's."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SweepStatus:
     """Number of launchers at work."""
 
     @classmethod
-    def of(cls, jobs: Sequence[Job]) -> "SweepStatus":
+    def of(cls, jobs: Sequence[Job]) -> Self:
         """Read the states of `jobs` from their folders."""
         states = [job.state for job in jobs]
         launched = find_launchers(jobs[0].folder.parent) if jobs else []
@@ -54,7 +54,6 @@ class SweepStatus:
         return None if self.jobs_per_hour is None else 3600 * left / self.jobs_per_hour
 
     def select_jobs(self, *states: State) -> list[Job]:
-        """Return the jobs that are in one of `states`."""
         return [job for job, state in zip(self.jobs, self.states, strict=True) if state in states]
 
     def list_jobs(self, *states: State) -> list[str]:
@@ -69,7 +68,7 @@ class SweepStatus:
         return f"{len(self.jobs)} jobs: {', '.join(parts)}."
 
     def make_table(self) -> str:
-        """Return the number of jobs in each state by row and data set; "" if all jobs have the same."""
+        """Return the number of jobs in each state by row and data set as text; "" for a single row and data set."""
         states = [state for state in SHOWN if state in self.states]
         cells = [[*key, *(count[state] or None for state in states)] for key, count in self.count_by_row().items()]
         if len(cells) < 2:
@@ -95,7 +94,7 @@ class SweepStatus:
     def to_json(self) -> dict[str, Any]:
         """Return the whole status, for `status --json`."""
 
-        def by_name(count: Counter[State]) -> dict[str, int]:
+        def by_state(count: Counter[State]) -> dict[str, int]:
             return {state.name.lower(): count[state] for state in SHOWN}
 
         jobs = []
@@ -104,19 +103,21 @@ class SweepStatus:
             jobs.append({"folder": str(job.folder), "state": state.name.lower(), **error, "args": job.args})
         return {
             "total": len(self.jobs),
-            **by_name(self.count),
+            **by_state(self.count),
             "launchers": self.launchers,
             "jobs_per_hour": self.jobs_per_hour,
             "eta_s": self.eta_s,
-            "rows": [{"row": row, "dataset": of, **by_name(count)} for (row, of), count in self.count_by_row().items()],
+            "rows": [
+                {"row": row, "dataset": name, **by_state(count)} for (row, name), count in self.count_by_row().items()
+            ],
             "jobs": jobs,
         }
 
 
 def compute_rate(finished: Sequence[float], now: float, start: float = 0.0) -> float | None:
-    """Return how many jobs an hour finished of late, from the times when they finished; None if that is unknown.
+    """Return the jobs per hour of late, from the times at which jobs finished; None if that is unknown.
 
-    Jobs count that finished after `start`, when the first launcher at work started: before, the sweep may have paused.
+    Only jobs after `start` count, when the first launcher at work started: before, the sweep may have paused.
     """
     recent = sorted(finished)[-RECENT:]
     if len(finished) > RECENT or not start:
@@ -128,8 +129,7 @@ def compute_rate(finished: Sequence[float], now: float, start: float = 0.0) -> f
 def estimate_cost(jobs: Sequence[Job], finished: Sequence[Job], parallel: int | None = None) -> str:
     """Return a sentence on how long `jobs` take, `parallel` at a time.
 
-    A job is expected to take the median time of the `finished` jobs that are most like it: of its row and data set, or
-    else of its algorithm, or else of all.
+    The estimate for a job is the median time of the `finished` jobs that are most similar (`list_similar`).
     """
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for job in finished:
@@ -149,12 +149,12 @@ def estimate_cost(jobs: Sequence[Job], finished: Sequence[Job], parallel: int | 
 
 
 def list_similar(job: Job) -> list[tuple[str, ...]]:
-    """Return the keys of the groups of jobs that are like `job`, the most similar group first."""
+    """Return the keys of the groups of jobs similar to `job`: its row and data set, its algorithm, all."""
     return [(job.row, job.args["dataset"]), (job.args["algorithm"],), ()]
 
 
 def read_elapsed(folder: Path) -> float | None:
-    """Return the seconds that a run took, from its last record; None if that has no time, as DomainBed's."""
+    """Return the seconds that a run took, from its last record; None if it has no time, as DomainBed's."""
     seconds = (last_record(folder) or {}).get("elapsed_s")
     return float(seconds) if isinstance(seconds, int | float) else None
 

@@ -14,8 +14,7 @@ from domainbed_hp.sweep.spec import Row, SweepSpec
 def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
     """Return the rows with all their hparams, checked on every data set. The algorithms are imported.
 
-    A row's own hparams win over the spec's for its algorithm, and these over the spec's general ones, of which a row
-    has those that its algorithm knows.
+    A row's own hparams win over the spec's for its algorithm, and these over the spec's general ones.
 
     Raises:
         UsageError: a name that no algorithm of the sweep knows, or a value of the wrong type or out of range.
@@ -39,7 +38,7 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
 
     rows = []
     for row, names in zip(spec.rows, known, strict=True):
-        # Hparams for an algorithm may be for some of its rows only: prompt_tokens for those with learned prompts.
+        # Hparams of an algorithm may be for some of its rows only: prompt_tokens for rows with learned prompts.
         same = [k for other, k in zip(spec.rows, known, strict=True) if other.algorithm == row.algorithm]
         others = set().union(*same) - names
         own = {k: v for k, v in tables.get(row.algorithm, {}).items() if k not in others}
@@ -56,14 +55,10 @@ def resolve_rows(spec: SweepSpec) -> tuple[Row, ...]:
 
 def list_hparams(row: Row, spec: SweepSpec, choices: Mapping[str, Any]) -> set[str]:
     """Return the names of a row's hparams under its `choices`; prompt=coop, for example, brings more hparams."""
-    from domainbed_hp import hparams_registry
+    from domainbed_hp.hparams_registry import known_hparams
 
     try:
-        return {
-            name
-            for dataset in spec.datasets
-            for name in hparams_registry.known_hparams(row.algorithm, dataset, choices)
-        }
+        return set().union(*(known_hparams(row.algorithm, dataset, choices) for dataset in spec.datasets))
     except UsageError as error:
         raise UsageError(f"{row.name}: {error}") from error
 
@@ -76,7 +71,7 @@ def check_data(spec: SweepSpec, rows: Sequence[Row]) -> None:
 
     data_dir = spec.run_args.data_dir
     for dataset in [find_spec(name, data_dir) for name in spec.datasets]:
-        if dataset.build is not None:  # the package itself makes it
+        if dataset.build is not None:  # it needs no files
             continue
         hparams = [resolve_hparams(row.algorithm, dataset.name, spec.n_hparams_from, 0, row.hparams) for row in rows]
         classes = [get_algorithm_class(row.algorithm) for row in rows]

@@ -4,8 +4,6 @@ Batches, augmentation and dropout are functions of (seed, step). A checkpoint th
 a loader: only the step, weights, optimizers and unrecorded metrics.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import signal
@@ -29,7 +27,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 def save_checkpoint(run_dir: Path, algorithm: Algorithm, progress: dict[str, Any]) -> None:
     """Write `progress`, a dict of tensors and plain values, and the training state of the algorithm."""
-    buffer = io.BytesIO()  # errors of the file system then come from Python, which names them, and not from torch
+    buffer = io.BytesIO()  # torch's own errors do not name the fault of a file system
     torch.save(progress | {"algorithm": algorithm.training_state()}, buffer)
     with replace_atomically(run_dir / CHECKPOINT) as path:
         path.write_bytes(buffer.getbuffer())
@@ -42,25 +40,19 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # for a damaged file, torch raises exceptions of many kinds
+    except Exception as error:  # a damaged file makes torch raise almost anything
         raise UsageError(f"{path} cannot be read ({error}). Remove it: the run then starts anew.") from error
     return state
 
 
 def find_checkpoint(run_dir: Path, args: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the checkpoint of a run with these arguments, if any; `UsageError` if the folder holds another run."""
+    """Return the checkpoint of a run with these arguments, or None; `UsageError` if the folder holds another run."""
     # DEVIATION: DomainBed appends a second run to the records of the first.
     state, record = load_checkpoint(run_dir), next(records.read_records(run_dir), None)
-    if before := state or record:
-        check_same_run(run_dir, before.get("args", {}), args)
-    return state
-
-
-def check_same_run(run_dir: Path, before: dict[str, Any], args: dict[str, Any]) -> None:
-    """Raise `UsageError` if `args` are not those of the run in `run_dir`, which are `before`."""
-    if different := find_differences(before, args):
+    if (before := state or record) and (different := find_differences(before.get("args", {}), args)):
         listed = "; ".join(f"{name}: there {there!r}, here {here!r}" for name, (there, here) in different.items())
         raise UsageError(f"{run_dir} already holds another run ({listed}): choose another --output_dir or remove this")
+    return state
 
 
 class Stopped(Exception):
@@ -72,15 +64,14 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """The first stop signal that arrived, if any. `check` raises `Stopped` for it.
+    """The first stop signal that arrived, if any; `check` raises `Stopped` for it.
 
-    A second Ctrl-C raises `KeyboardInterrupt` at once. Other signals after the first one are ignored, since batch
-    systems send several.
+    A second Ctrl-C raises `KeyboardInterrupt` at once. Other later signals are ignored: batch systems send several.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Number of the signal, 0 before one arrives."""
+        """The signal's number, 0 before one arrives."""
         self.immediate = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -99,7 +90,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def raise_immediately(self) -> Iterator[None]:
-        """Raise `Stopped` in the middle of the context, for long work that may be left unfinished."""
+        """Raise `Stopped` as soon as a signal arrives, in a context whose work may be left unfinished."""
         self.check()
         self.immediate = True
         try:
@@ -112,7 +103,7 @@ class StopSignals:
 def catch_stop_signals() -> Iterator[StopSignals]:
     """Catch SIGINT, SIGTERM and SIGUSR1, which batch systems send before they take a machine away."""
     stop = StopSignals()
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
+    if threading.current_thread() is not threading.main_thread():  # where alone Python allows handlers
         yield stop
         return
     before = {number: signal.signal(number, stop.handle) for number in STOP_SIGNALS}

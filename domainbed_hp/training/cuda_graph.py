@@ -1,7 +1,5 @@
 """Faster training steps, flag `--compile`: CUDA graphs and compiled transformer blocks."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sysconfig
@@ -39,16 +37,16 @@ def speed_up_training(algorithm: Algorithm, device: torch.device, choice: str, s
 def can_compile(device: torch.device) -> bool:
     """Return True if the tools that torch.compile needs are installed."""
     if device.type == "cuda":  # Triton builds its launchers with the first of these compilers that exists
-        c = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
         headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists()
-        return find_spec("triton") is not None and headers and any(map(shutil.which, c))
+        return find_spec("triton") is not None and headers and any(map(shutil.which, compilers))
     return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 
 
 class CudaGraphStep:
     """`algorithm.compute_gradients` as a CUDA graph, captured again whenever the shapes of the minibatches change.
 
-    A step has about a thousand kernels. To start them one by one takes the CPU longer than the GPU needs to run them.
+    A step has about a thousand kernels. The CPU needs longer to start them one by one than the GPU to run them.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:

@@ -1,7 +1,5 @@
 """Scores of an algorithm on splits, and the log of the metrics of its steps."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
@@ -25,7 +23,7 @@ EVAL_BATCH = {"cuda": 1024, "cpu": 64}
 
 @contextlib.contextmanager
 def evaluation_mode(algorithm: Algorithm) -> Iterator[None]:
-    """Put an algorithm in evaluation mode and torch in inference mode: no tensor made there can be trained through."""
+    """Put an algorithm in evaluation mode, and torch in inference mode."""
     algorithm.eval()
     with torch.inference_mode():
         yield
@@ -65,7 +63,7 @@ def sum_scores(algorithm: Algorithm, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 
 def make_score_columns(scores: Mapping[str, SplitScore], train_envs: Sequence[int]) -> dict[str, float]:
-    """Return the accuracies and the validation loss as keys of a record."""
+    """Return accuracies and validation loss as keys and values of a record."""
     columns = {f"{name}_acc": score.accuracy for name, score in scores.items()}
     loss = compute_validation_loss(scores, train_envs)
     return columns if math.isnan(loss) else columns | {"val_loss": loss}
@@ -103,7 +101,7 @@ class MetricLog:
         self.unread.append({k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in metrics.items()})
 
     def read(self, step: int) -> None:
-        """Convert the metrics of the unread steps up to `step` to floats, and divide the time since the last call.
+        """Convert the metrics of the unread steps, of which `step` is the last, to floats; set their mean `step_time`.
 
         `FloatingPointError` names the first step with a metric that is not finite.
         """

@@ -1,10 +1,8 @@
-"""A cache of the image features of frozen towers: computed once, then read by every job that asks for the same ones.
+"""A cache of the image features of frozen towers: computed once, then read by every job that needs the same ones.
 
 `<cache>/features/<key>/` holds `env0.npy`, `env1.npy`, ..., float32 (N, E) in the order of the data set, and
-`about.json` with the facts that the key is a digest of, and the digest of each file. Files without it are not read.
+`about.json`: the facts that the key is a digest of, and the digest of every file.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -28,19 +26,19 @@ from domainbed_hp.datasets.loading.loader import EvalLoader
 from domainbed_hp.datasets.loading.prefetch import ThreadPool
 from domainbed_hp.datasets.prepared import index
 from domainbed_hp.datasets.spec import ImageViews
-from domainbed_hp.files import cache_dir
+from domainbed_hp.files import cache_dir, sha256_of
 from domainbed_hp.networks.clip import find_clip
 from domainbed_hp.training.setup import RunSetup
 
 FORMAT = 1
-"""Version of the files and of the features in them; to be raised when `VisionTower` computes other features."""
+"""Version of the files and of the features in them. Raise it when `VisionTower` computes other features."""
 ABOUT = "about.json"
 MAX_RATIO = 4
-"""Features are computed only if the data set has at most so many times the images that the run would encode."""
+"""Largest size of a data set whose features are computed, over the number of images that the run would encode."""
 
 
 class DamagedFeatures(OSError):
-    """Files of features differ from what was written."""
+    """Files of features that have other digests than were written, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ class FeatureCache:
     The caller has put the algorithm in evaluation mode, without gradients and in the precision of the run.
     """
 
-    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, batch_size: int, workers: ThreadPool) -> None:
-        self.run, self.algorithm, self.batch_size, self.workers = run, algorithm, batch_size, workers
+    def __init__(self, run: RunSetup, algorithm: ClipAlgorithm, batch_size: int, threads: ThreadPool) -> None:
+        self.run, self.algorithm, self.batch_size, self.threads = run, algorithm, batch_size, threads
         self.key = self._make_key()
         name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = cache_dir() / "features" / name
@@ -95,9 +93,9 @@ class FeatureCache:
         }
 
     def read_or_compute(self) -> list[np.ndarray] | None:
-        """Return the features; of several jobs that need the same ones, one computes them and the others wait.
+        """Return the features; None if they do not exist and the run would encode too few images to compute all.
 
-        None if they do not exist and the run would encode too few images to compute all of them.
+        Of several jobs that need the same features, one computes them and the others wait.
         """
         import filelock
 
@@ -135,13 +133,12 @@ class FeatureCache:
             for i, views in enumerate(environments):
                 path = folder / f"env{i}.npy"
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(views), self.algorithm.tower.embed_dim)}
-                with open(path, "wb+") as file:  # not a memory map, with which a full disk kills the process
+                with open(path, "wb") as file:  # not a memory map, with which a full disk kills the process
                     np.lib.format.write_array_header_1_0(file, header)
                     for features in self.encode_images(views):
                         file.write(features.astype("<f4").tobytes())
                         bar.update(len(features))
-                    file.seek(0)
-                    digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[path.name] = sha256_of(path)
         (folder / ABOUT).write_text(json.dumps({"key": self.key, "sha256": digests}, indent=1) + "\n")
         if self.run.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.run.device)  # `mem_gb` of records is the memory of training
@@ -150,7 +147,7 @@ class FeatureCache:
         """Yield batches of features of all images, in order; if a GPU runs out of memory, halve the batch size."""
         run, batch_size, done = self.run, self.batch_size, 0
         while done < len(views):
-            loader = EvalLoader(views, range(done, len(views)), batch_size, self.workers, pin=run.on_gpu)
+            loader = EvalLoader(views, range(done, len(views)), batch_size, self.threads, pin=run.on_gpu)
             try:
                 for batch in loader:
                     features = self.algorithm.encode(batch.to(run.device, run.preprocess)[0]).cpu().numpy()
@@ -162,11 +159,10 @@ class FeatureCache:
             batch_size //= 2
 
 
-def load_features(run: RunSetup, algorithm: Algorithm, batch_size: int, workers: ThreadPool) -> list[ImageViews] | None:
-    """Return the environments of a run as features, computed by `algorithm` unless the cache has them.
+def load_features(run: RunSetup, algorithm: Algorithm, batch_size: int, threads: ThreadPool) -> list[ImageViews] | None:
+    """Return the environments of a run as features, from the cache or computed by `algorithm` (see `FeatureCache`).
 
-    None if the features change in training, if nothing identifies the images, if the cache cannot be written, and with
-    `--features encode`. For `algorithm` see `FeatureCache`.
+    None if the features change in training, the images have no fingerprint, or the cache is off or not writable.
     """
     # A class with its own `encode` may depend on facts that are not in the key.
     if not isinstance(algorithm, ClipAlgorithm) or type(algorithm).encode is not ClipAlgorithm.encode:
@@ -176,7 +172,7 @@ def load_features(run: RunSetup, algorithm: Algorithm, batch_size: int, workers:
     # A subclass may have unfrozen a tower that its parent class declares frozen.
     if any(p.requires_grad for p in algorithm.tower.parameters()) or algorithm.tower.prompt_tokens():
         return None
-    cache = FeatureCache(run, algorithm, batch_size, workers)
+    cache = FeatureCache(run, algorithm, batch_size, threads)
     if not all(cache.key["files"]):
         return None
     try:
@@ -205,9 +201,8 @@ def read_features(folder: Path) -> list[np.ndarray]:
     arrays = []
     try:
         for name, sha256 in json.loads(about)["sha256"].items():
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise DamagedFeatures(f"{name} has another digest than {ABOUT} says")
+            if sha256_of(folder / name) != sha256:
+                raise DamagedFeatures(f"{name} has another digest than {ABOUT} says")
             arrays.append(np.asarray(np.load(folder / name, mmap_mode="r")))  # rows of a plain array are read faster
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DamagedFeatures(str(error)) from error
@@ -216,8 +211,6 @@ def read_features(folder: Path) -> list[np.ndarray]:
 
 def count_encoded_images(run: RunSetup) -> int:
     """Return how many images a run encodes without cached features; an image counts every time it is encoded."""
-    limit = run.args.eval_images
-    scored = sum(len(indices[:limit]) for split in run.scored_splits for indices in split.values())
+    scored = sum(len(indices[: run.args.eval_images]) for split in run.scored_splits for indices in split.values())
     records = -(-run.steps // run.checkpoint_freq)
-    batch_size: int = run.hparams["batch_size"]
-    return scored * records + run.steps * batch_size * len(run.train_envs)
+    return scored * records + run.steps * int(run.hparams["batch_size"]) * len(run.train_envs)

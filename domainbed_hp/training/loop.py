@@ -1,6 +1,4 @@
-"""The training loop of one run. A run that was stopped resumes where it was."""
-
-from __future__ import annotations
+"""The training loop of one run, which resumes where it was stopped."""
 
 import contextlib
 import math
@@ -40,7 +38,7 @@ DIAGNOSED_IMAGES = 64
 def train(args: RunArgs, lock: RunLock | None = None) -> None:
     """Train one algorithm on all environments but `test_envs`, score it on all of them, write to `output_dir`.
 
-    A run that was stopped resumes: on the CPU its records and weights are bit for bit those of a run that was not.
+    On the CPU, a resumed run ends with the same records and weights, bit for bit, as one that was never stopped.
     `lock` is the lock on `output_dir`, if the caller holds it already.
 
     Raises:
@@ -53,13 +51,13 @@ def train(args: RunArgs, lock: RunLock | None = None) -> None:
         remove_temporary_files(run.output_dir)
         checkpoint = find_checkpoint(run.output_dir, asdict(args))
         stack.enter_context(copy_stdout(run.output_dir / OUT))
-        workers = stack.enter_context(ThreadPool(run.num_workers))
+        threads = stack.enter_context(ThreadPool(run.num_workers))
         stop = stack.enter_context(catch_stop_signals())
         print_header(asdict(args), run.hparams, find_versions(run.device))
         print(f"Images: {run.dataset.source}")
         loop: TrainingLoop | None = None
         try:
-            loop = TrainingLoop(run, lock, workers, stop)
+            loop = TrainingLoop(run, lock, threads, stop)
             loop.resume(checkpoint)
             loop.train()
         except Stopped as stopped:
@@ -71,17 +69,17 @@ def train(args: RunArgs, lock: RunLock | None = None) -> None:
 
 
 class TrainingLoop:
-    """An algorithm in training, and all that stands around its updates."""
+    """The state of a run in training: its algorithm, loaders, metrics and weight average."""
 
-    def __init__(self, run: RunSetup, lock: RunLock, workers: ThreadPool, stop: StopSignals) -> None:
-        self.run, self.lock, self.workers, self.stop = run, lock, workers, stop
+    def __init__(self, run: RunSetup, lock: RunLock, threads: ThreadPool, stop: StopSignals) -> None:
+        self.run, self.lock, self.threads, self.stop = run, lock, threads, stop
         self.step = -1
-        """Number of the last step that was done."""
+        """The last step that is done."""
         self.metrics = MetricLog(run.device)
         self.recorded: list[int] = []
         """Steps that have a record."""
         self.best_accuracy = -math.inf
-        """Highest validation accuracy of a record so far, for `--keep best`."""
+        """Highest validation accuracy of a record, for `--keep best`."""
         self.started, self.elapsed_before_s = time.time(), 0.0
         self.columns: list[str] = []
 
@@ -97,13 +95,12 @@ class TrainingLoop:
 
         batch_size, limit = EVAL_BATCH["cuda" if run.on_gpu else "cpu"], run.args.eval_images
         with evaluation_mode(self.algorithm), self.cast, stop.raise_immediately():
-            features = load_features(run, self.algorithm, batch_size, workers)
+            features = load_features(run, self.algorithm, batch_size, threads)
         environments = features or run.dataset.environments
         if run.preprocess.augmentation == "none":
             self.run = run.with_environments(environments)
-        self.eval_loaders = make_eval_loaders(
-            environments, run.scored_splits, batch_size, workers, max_images=limit, pin=run.on_gpu
-        )
+        images = environments, run.scored_splits
+        self.eval_loaders = make_eval_loaders(*images, batch_size, threads, max_images=limit, pin=run.on_gpu)
         count = min(DIAGNOSED_IMAGES, limit or DIAGNOSED_IMAGES)
         loaders = [EvalLoader(environments[i], run.splits[i]["out"][:count], count) for i in run.train_envs]
         self.diagnosed = [loader[0].to(run.device, run.preprocess) for loader in loaders if len(loader)]
@@ -132,22 +129,21 @@ class TrainingLoop:
 
     def load_batches(self) -> Iterator[tuple[int, list[Minibatch], list[Tensor] | None]]:
         """Yield the number of every step that is left, its minibatches and its unlabeled images, on the device."""
-        run = self.run
-        steps = range(self.step + 1, run.steps)
+        run, steps = self.run, range(self.step + 1, self.run.steps)
         labeled, unlabeled = run.make_train_loader(), run.make_unlabeled_loader()
         batches = zip(
             steps,
-            self.workers.map(labeled.__getitem__, steps),
-            self.workers.map(unlabeled.__getitem__, steps) if unlabeled else [None] * len(steps),
+            self.threads.map(labeled.__getitem__, steps),
+            self.threads.map(unlabeled.__getitem__, steps) if unlabeled else [None] * len(steps),
             strict=True,
         )
-        for step, ours, extra in tqdm(batches, total=run.steps, initial=steps.start, disable=None, unit="step"):
-            minibatches = [batch.to(run.device, run.preprocess) for batch in ours]
-            x = None if extra is None else [batch.to(run.device, run.preprocess)[0] for batch in extra]
+        for step, pairs, images in tqdm(batches, total=run.steps, initial=steps.start, disable=None, unit="step"):
+            minibatches = [batch.to(run.device, run.preprocess) for batch in pairs]
+            x = None if images is None else [batch.to(run.device, run.preprocess)[0] for batch in images]
             yield step, minibatches, x
 
     def update(self, step: int, minibatches: list[Minibatch], unlabeled: list[Tensor] | None) -> Metrics:
-        """Do one update of the algorithm and return what it logs."""
+        """Do one update of the algorithm and return its metrics."""
         try:
             with self.cast, self.perturb(minibatches):
                 return self.algorithm.update(minibatches, unlabeled)
@@ -198,7 +194,7 @@ class TrainingLoop:
         }
 
     def validate_average(self) -> None:
-        """Give the validation loss of the current weights to an average that asks for it, once per record."""
+        """Give the validation loss of the current weights, once per record, to an average that needs it."""
         if self.average is None or not self.average.VALIDATES or "raw_val_loss" in self.metrics.values:
             return
         names = [name for i in self.run.train_envs if (name := f"env{i}_out") in self.eval_loaders]
@@ -208,14 +204,12 @@ class TrainingLoop:
         self.average.add_validation_loss(loss)  # outside the context, so that no signal interrupts it
 
     def score(self, names: Iterable[str]) -> dict[str, evaluation.SplitScore]:
-        """Score the splits called `names`, with the weights as they are."""
-        loaders, run = self.eval_loaders, self.run
-        return {
-            name: evaluation.score_split(self.algorithm, loaders[name], run.device, run.preprocess) for name in names
-        }
+        """Score the splits called `names`."""
+        where = self.run.device, self.run.preprocess
+        return {name: evaluation.score_split(self.algorithm, self.eval_loaders[name], *where) for name in names}
 
     def use_averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the algorithm has the weights to score and save, which an average may change."""
+        """Return a context in which the algorithm has the weights to score and save: the average's, if there is one."""
         if self.average is None:
             return contextlib.nullcontext()
         return swap_weights(self.average.parameters, self.average.compute_weights())
@@ -236,8 +230,8 @@ class TrainingLoop:
             save_model(run.output_dir / name, self.algorithm, run.model_spec, full=run.args.save == "full")
 
     def save_checkpoint(self) -> None:
-        """Write the state after the last step, unless there was none."""
-        if self.step < 0:
+        """Write the state after the last step."""
+        if self.step < 0:  # nothing is done
             return
         self.metrics.read(self.step)
         self.lock.check()
@@ -252,7 +246,7 @@ class TrainingLoop:
         save_checkpoint(self.run.output_dir, self.algorithm, progress)
 
     def resume(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go back to the state of a checkpoint, None: the start; records of later steps are dropped."""
+        """Restore the state of a checkpoint, or of the start without one; remove the records of later steps."""
         self.lock.check()
         self.recorded = records.truncate_records(self.run.output_dir, checkpoint["step"] if checkpoint else -1)
         if checkpoint is None:
@@ -268,5 +262,5 @@ class TrainingLoop:
 
     @property
     def elapsed_s(self) -> float:
-        """Return the wall-clock seconds of the run, without the time between a stop and the next start."""
+        """Wall-clock seconds of the run, without the time between a stop and the next start."""
         return self.elapsed_before_s + time.time() - self.started

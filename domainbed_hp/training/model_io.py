@@ -1,6 +1,4 @@
-"""Building an algorithm from its specification, and model files: the specification and the weights."""
-
-from __future__ import annotations
+"""Build an algorithm from its specification; save and load models, which are a specification and weights."""
 
 import json
 import random
@@ -34,9 +32,9 @@ class ModelSpec:
 
 
 def build_algorithm(spec: ModelSpec, seed: int | None = None) -> Algorithm:
-    """Build an algorithm on the CPU, with the initial weights of a run of `seed`; None: of the generators' state.
+    """Build an algorithm on the CPU, with initial weights drawn by `seed`, or without it from the global generators.
 
-    The hparams that it gets also hold `class_names` and `steps`, for which DomainBed's constructor has no argument.
+    Its hparams also hold `class_names` and `steps`, for which DomainBed's constructor has no argument.
     """
     if seed is not None:
         seed_everything(seed)
@@ -56,9 +54,9 @@ def seed_everything(seed: int) -> None:
 def save_model(path: Path, algorithm: Algorithm, spec: ModelSpec, *, full: bool = False) -> None:
     """Write the weights that training changed, or with `full` all weights, as safetensors with `spec` in the header."""
     state = algorithm.state_dict() if full else algorithm.trained_state()
+    # Clones, because safetensors refuses tensors that share memory.
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
     with replace_atomically(path) as temporary:
-        # Clones, because safetensors refuses tensors that share memory.
-        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         save_file(tensors, temporary, metadata={"recipe": json.dumps(asdict(spec))})
 
 
@@ -71,7 +69,6 @@ def load_model(run_dir: Path) -> tuple[Algorithm, ModelSpec]:
         spec = ModelSpec(**json.loads(file.metadata()["recipe"]))
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     algorithm = build_algorithm(spec)
-    unexpected = algorithm.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
+    if unexpected := algorithm.load_state_dict(state, strict=False).unexpected_keys:
         raise UsageError(f"{path}: tensors {unexpected[:3]} do not exist in {spec.algorithm} with the file's hparams")
     return algorithm.eval(), spec

@@ -1,7 +1,5 @@
 """The text that a run prints, on the terminal and in `out.txt` in its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import platform
 import subprocess
@@ -35,7 +33,7 @@ def find_commit() -> str:
     """Return the commit of this package's checkout, with a + if files differ from it; "none" outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        # This fails in a checkout of another project that the package is only installed in.
+        # Fails where the package is installed inside of another project's checkout.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
         describe = [*git, "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
@@ -63,9 +61,9 @@ def print_header(args: dict[str, Any], hparams: dict[str, Any], versions: dict[s
 
 
 def print_row(record: Mapping[str, Any], columns: list[str]) -> list[str]:
-    """Print the step and the floats of a record as a row of a table, and return the names of its columns.
+    """Print the step and the floats of a record as a line of a table, and return the names of its columns.
 
-    A header is printed if the names differ from `columns`, those of the row before.
+    A header comes first if they differ from `columns`, those of the line before.
     """
     cells = {name: f"{value:.6g}" for name, value in sorted(record.items()) if isinstance(value, float)}
     cells = {"step": str(record["step"])} | cells

@@ -1,10 +1,8 @@
-"""From the arguments of a run to everything that it needs but its model; arguments that do not fit are refused here."""
-
-from __future__ import annotations
+"""Set up a run from its arguments: everything that it needs but its model. Arguments that do not fit are refused."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -21,7 +19,7 @@ from domainbed_hp.run_args import RunArgs, parse_hparams
 from domainbed_hp.training.model_io import ModelSpec
 
 MAX_WORKERS = 8
-"""Default number of loader threads on a GPU, if there are as many cores. On the CPU the default is 0."""
+"""Default number of loader threads on a GPU, or the number of cores if smaller. On the CPU the default is 0."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,10 @@ class RunSetup:
     algorithm: type[Algorithm]
     hparams: dict[str, Any]
     protocol: dict[str, Any]
-    """The conditions of the run's numbers: weights and text of the method, images, the part of the target split."""
+    """The conditions of the run's numbers: pretrained weights, text, preprocessing, the scored part of the target."""
     dataset: Dataset
     splits: list[dict[str, list[int]]]
-    """Indices of the images in each split, one dict per environment."""
+    """One dict per environment: name of a split -> indices of its images."""
     train_envs: list[int]
     preprocess: Preprocess
     device: torch.device
@@ -71,8 +69,8 @@ class RunSetup:
         """Steps in one epoch of the smallest environment, test environments included, as in DomainBed."""
         return min(len(split["in"]) for split in self.splits) / float(self.hparams["batch_size"])
 
-    def with_environments(self, environments: list[ImageViews]) -> RunSetup:
-        """Return the same run on other views of the same images, such as their features."""
+    def with_environments(self, environments: list[ImageViews]) -> Self:
+        """Return the run on other views of the same images, such as their features."""
         return replace(self, dataset=replace(self.dataset, environments=environments))
 
     def make_train_loader(self) -> TrainLoader:
@@ -99,7 +97,8 @@ def set_up_run(args: RunArgs) -> RunSetup:
     device = find_device(args.device)
     steps = algorithm.STEPS or (spec.steps if args.steps is None else args.steps)
     freq = spec.checkpoint_freq if args.checkpoint_freq is None else args.checkpoint_freq
-    num_workers = choose_num_workers(device) if args.num_workers is None else args.num_workers
+    default_workers = min(MAX_WORKERS, cpu_count()) if device.type == "cuda" else 0
+    num_workers = default_workers if args.num_workers is None else args.num_workers
     preprocess = algorithm.preprocess(hparams, spec.image_size)
     dataset = open_dataset(spec, Path(args.data_dir) if args.data_dir else None, preprocess)
     lengths = [len(images) for images in dataset.environments]
@@ -131,8 +130,3 @@ def find_device(name: str | None) -> torch.device:
         known = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}. Known here: {known}") from error
     return device
-
-
-def choose_num_workers(device: torch.device) -> int:
-    """Return the default number of loader threads of a run on `device`."""
-    return min(MAX_WORKERS, cpu_count()) if device.type == "cuda" else 0

@@ -4,8 +4,6 @@ SAM: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Gener
 DISAM: Zhang et al., "Domain-Inspired Sharpness-Aware Minimization Under Domain Shifts", ICLR 2024.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -22,10 +20,10 @@ from domainbed_hp.registry import SHARPNESS, load
 
 
 class SAM:
-    """Before an update, move the weights w to w + rho g / |g|; the optimizer's step then starts from w again.
+    """Sharpness-aware minimization: gradients are taken at the weights w + rho g / |g|, and the step is made from w.
 
-    g is the gradient of the cross-entropy, mean over source domains. The gradients of `update`, whatever its loss,
-    are therefore taken at the moved weights. If an update has several optimizer steps, only the first one is affected.
+    g is the gradient of the cross-entropy, mean over source domains. Of an update with several optimizer steps, only
+    the first one is affected.
     """
 
     # DEVIATION: SAM perturbs by the loss that it minimizes. Here it is the cross-entropy of `predict` for every
@@ -49,13 +47,13 @@ class SAM:
     def perturb(self, minibatches: list[Minibatch]) -> Iterator[None]:
         """Move the weights; restore them before the first step of any optimizer, at the latest at the end."""
         parameters = [p for p in self.algorithm.parameters() if p.requires_grad]
-        own = [p.detach().clone() for p in parameters]
+        before = [p.detach().clone() for p in parameters]
 
         def restore(*_: Any) -> None:
             with torch.no_grad():
-                for parameter, value in zip(parameters, own, strict=True):
+                for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
-            own.clear()  # later calls restore nothing
+            before.clear()  # later calls restore nothing
             parameters.clear()
 
         self._move(minibatches, parameters)
@@ -71,7 +69,7 @@ class SAM:
             return
         with restore_batch_norms(self.algorithm):  # a batch norm counts the images of a step once
             losses = torch.stack([F.cross_entropy(self.algorithm.predict(x), y) for x, y in minibatches])  # (K,)
-            if not losses.requires_grad:  # only a text side with a loss of its own trains
+            if not losses.requires_grad:  # nothing trains but a text side, by a loss of its own
                 return
             gradients = torch.autograd.grad(self.compute_objective(losses), parameters, allow_unused=True)
         moves = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]

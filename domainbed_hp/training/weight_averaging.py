@@ -1,9 +1,7 @@
 """Weight averages over training, hparam `average` of every algorithm.
 
-The averaged weights are scored and saved in place of the last ones. Training never sees them: it goes on from its own.
+The averaged weights are scored and saved in place of the last ones. They never change the training.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,7 @@ from domainbed_hp.registry import WEIGHT_AVERAGES, UsageError, load
 
 
 class RunningMean:
-    """Weighted mean of lists of tensors that come one after the other, in fp32 or better."""
+    """Running weighted mean of lists of tensors, in fp32 or better."""
 
     def __init__(self, like: Sequence[Tensor]) -> None:
         self.tensors = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in like]
@@ -49,7 +47,7 @@ class WeightAverage:
     # hold. With WiSE, where B starts at 0, the update A B is therefore scaled by alpha and by how far A moved.
     HPARAMS: ClassVar[dict[str, HParam]] = {}
     VALIDATES: ClassVar[bool] = False
-    """True for an average that reads validation losses; each record then costs one more pass over those images."""
+    """True: `add_validation_loss` is called at every record, which costs one more pass over the validation images."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], hparams: dict[str, Any], steps: int) -> None:
         self.parameters, self.hparams, self.steps = list(parameters), hparams, steps
@@ -59,10 +57,10 @@ class WeightAverage:
         """Raise `UsageError` for hparams that do not fit together."""
 
     def step(self) -> None:
-        """Take in the weights after an update."""
+        """Add the weights after an update."""
 
     def add_validation_loss(self, loss: float) -> None:
-        """Take in the validation loss of the current weights at a record: cross-entropy, mean over source domains."""
+        """Add the validation loss of the current weights at a record: cross-entropy, mean over source domains."""
 
     def compute_weights(self) -> Sequence[Tensor]:
         """Return the averaged weights, in the order of the parameters, as if the run ended here."""
@@ -73,7 +71,7 @@ class WeightAverage:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state, in an average that was built with the same arguments."""
+        """Restore a state in an average with the same arguments."""
 
 
 class WeightedAverage(WeightAverage):
@@ -104,7 +102,7 @@ class WeightedAverage(WeightAverage):
 
 
 class SimpleMovingAverage(WeightedAverage):
-    """Mean of the weights from step t0 on. Before t0 it is the current weights.
+    """Mean of the weights from step t0 on; the current weights before t0.
 
     Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in Domain Generalization",
     NeurIPS 2022.
@@ -259,17 +257,17 @@ def make_weight_average(
 
 @contextlib.contextmanager
 def swap_weights(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> Iterator[None]:
-    """Give the parameters other values inside the context; afterwards they are bit for bit what they were."""
-    own = [parameter.detach().clone() for parameter in parameters]
+    """Give the parameters other values inside of the context, and restore them bit for bit."""
+    before = [parameter.detach().clone() for parameter in parameters]
     try:
         copy_tensors(parameters, weights)
         yield
     finally:
-        copy_tensors(parameters, own)
+        copy_tensors(parameters, before)
 
 
 @torch.no_grad()
 def copy_tensors(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into tensors in place, so that caches which depend on a parameter's version notice it."""
+    """Copy values into tensors in place, which raises the version that caches depend on."""
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)

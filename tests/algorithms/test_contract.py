@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import batches, images, make
+from tiny import TINY
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,7 +109,7 @@ FEW = (2, 2, 2)
 
 @each_case
 def test_the_contract(each: Case) -> None:
-    check_algorithm(each[0], **({"backbone": "clip"} if each[0] == "ERM" else {}) | each[1])
+    check_algorithm(each[0], **TINY | ({"backbone": "clip"} if each[0] == "ERM" else {}) | each[1])
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,12 @@ def test_the_contract(each: Case) -> None:
     [("HeadPurification", {"strategy": "alternate"}), ("FrozenCLIP", {"prompt": "dpl", "dpl_transductive": True})],
 )
 def test_the_contract_under_hparams_that_change_it(name: str, hparams: dict[str, Any]) -> None:
-    check_algorithm(name, **hparams)
+    check_algorithm(name, **TINY | hparams)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_contract_of_a_text_side(prompt: str) -> None:
-    check_text_side(prompt, **SMALL.get(prompt, {}))
+    check_text_side(prompt, **TINY | SMALL.get(prompt, {}))
 
 
 class Waiting(TorchDispatchMode):

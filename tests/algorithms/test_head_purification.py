@@ -49,7 +49,7 @@ def terms(algorithm: HeadPurification, minibatches: list[Any], scales: Tensor | 
     x = torch.cat([x for x, _ in minibatches])
     features = algorithm.encode(x, trace)
     sizes = [len(x) for x, _ in minibatches]
-    mmd, z = MMD(), algorithm.domain_features(features, trace)
+    mmd, z = MMD(), algorithm.compute_domain_features(features, trace)
     value, used = mmd(z, sizes, scales)
     if algorithm.hparams["mmd_level"] == "output":
         return value[None], used

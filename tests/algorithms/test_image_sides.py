@@ -44,7 +44,7 @@ def joined(minibatches: list[Any]) -> tuple[Tensor, Tensor]:
 
 def text_of(algorithm: Any, images: Tensor) -> Tensor:
     """Text features (B, C, E), whether images have their own or not."""
-    text: Tensor = algorithm.text.class_features(images, [4, 4, 4])
+    text: Tensor = algorithm.text.compute_class_features(images, [4, 4, 4])
     return text if text.dim() == 3 else text.expand(len(images), -1, -1)
 
 
@@ -384,8 +384,8 @@ def test_parameters_on_vit_b16(
     with torch.device("meta"):  # shapes without numbers
         model = open_clip.create_model("ViT-B-16-quickgelu", load_weights=False, device="meta")
     model.logit_scale = torch.nn.Parameter(torch.zeros(()))
-    monkeypatch.setattr(clip, "_create", lambda source: model)
-    monkeypatch.setattr(clip.Clip, "text_features", lambda self, prompts: torch.zeros(len(prompts), 512))
+    monkeypatch.setattr(clip, "create_model", lambda source: model)
+    monkeypatch.setattr(clip.Clip, "encode_prompts", lambda self, prompts: torch.zeros(len(prompts), 512))
     a = make(name, clip_model="ViT-B-16-quickgelu", clip_pretrained="random", **hparams)
     of_text = sum(p.numel() for p in a.text.parameters() if p.requires_grad)
     total = sum(p.numel() for p in a.parameters() if p.requires_grad)

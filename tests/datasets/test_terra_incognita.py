@@ -85,7 +85,7 @@ def test_both_builds_of_terra_incognita_are_known(shelf, tmp_path, capsys):
     download(spec, tmp_path)
     assert "(the build of 2020), not changed" in capsys.readouterr().out
     report = check(spec, tmp_path, 0)
-    assert report.ok and report.build == "of 2020" and "of the build of 2020" in report.as_text()
+    assert report.ok and report.build == "of 2020" and "of the build of 2020" in report.to_text()
     assert report.expected == {domain: sum(per.values()) for domain, per in report.counts.items()}
     spec = replace(spec, image_counts=spec.other_builds["of 2020"], build_name="of 2021", other_builds={})
     assert check(spec, tmp_path, 0).build == "of 2021"

@@ -13,7 +13,7 @@ import pytest
 from made_archives import write_tar, write_zip
 
 from domainbed_hp.datasets.download import unpack as module
-from domainbed_hp.datasets.download.unpack import find_kind, unpack, unpacked_size
+from domainbed_hp.datasets.download.unpack import find_kind, read_unpacked_size, unpack
 from domainbed_hp.registry import UsageError
 
 FILES = {"top/a/1.jpg": b"one" * 1000, "top/b/2.jpg": b"", "top/b/3 ü.txt": b"three"}
@@ -258,10 +258,10 @@ def test_a_file_where_a_folder_is(tmp_path, refused):
 def test_unpacked_size(tmp_path):
     for name in NAMES:
         write(tmp_path / name, FILES)
-    assert unpacked_size(tmp_path / "x.zip") == 3005
-    assert unpacked_size(tmp_path / "x.tar.gz") == (tmp_path / "x.tar.gz").stat().st_size
+    assert read_unpacked_size(tmp_path / "x.zip") == 3005
+    assert read_unpacked_size(tmp_path / "x.tar.gz") == (tmp_path / "x.tar.gz").stat().st_size
     (tmp_path / "x.zip").write_bytes(b"PK\3\4 and nothing more")
-    assert unpacked_size(tmp_path / "x.zip") == 21
+    assert read_unpacked_size(tmp_path / "x.zip") == 21
 
 
 @pytest.mark.parametrize("archive", NAMES)
@@ -323,7 +323,7 @@ def test_whatever_a_reader_raises_is_damage(tmp_path, refused, monkeypatch, erro
     monkeypatch.setattr(zipfile.ZipExtFile, "read", fails)
     refused(tmp_path / "x.zip", "damaged, or not what its name says at 'top/a/1.jpg': odd")
     monkeypatch.setattr(zipfile.ZipFile, "infolist", fails)
-    assert unpacked_size(tmp_path / "x.zip") == (tmp_path / "x.zip").stat().st_size
+    assert read_unpacked_size(tmp_path / "x.zip") == (tmp_path / "x.zip").stat().st_size
     refused(tmp_path / "x.zip", "damaged, or not what its name says: odd")
 
 

@@ -9,7 +9,7 @@ from helpers import make
 
 from domainbed_hp.networks import clip
 from domainbed_hp.networks.clip import MINI, find_clip, load_clip
-from domainbed_hp.prompts.base import class_prompts
+from domainbed_hp.prompts.base import make_prompts
 from domainbed_hp.registry import UsageError
 
 
@@ -73,18 +73,18 @@ def test_checkpoint_file_gives_the_same_model(tmp_path: Path) -> None:
 
 
 def test_text_features_equal_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = class_prompts(["dog", "alarm_clock"])
+    prompts = make_prompts(["dog", "alarm_clock"])
     assert prompts == ["a photo of a dog.", "a photo of a alarm clock."]
     monkeypatch.chdir(MINI)  # where stock open_clip finds the relative bpe_path
     stock = open_clip.create_model("local-dir:.").eval()
     with torch.no_grad():
         expected = stock.encode_text(open_clip.get_tokenizer("local-dir:.")(prompts), normalize=True)
-    torch.testing.assert_close(load_clip("mini", "shapes").text_features(prompts), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(load_clip("mini", "shapes").encode_prompts(prompts), expected, atol=1e-6, rtol=0)
 
 
 def test_template_needs_one_place_for_the_name() -> None:
     with pytest.raises(UsageError, match="expected one {}"):
-        class_prompts(["dog"], "a photo.")
+        make_prompts(["dog"], "a photo.")
 
 
 def test_text_tower_is_dropped() -> None:

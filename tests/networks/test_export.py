@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import images, make, randomize
 
-from domainbed_hp.prompts.base import class_prompts
+from domainbed_hp.prompts.base import make_prompts
 from domainbed_hp.registry import UsageError
 from domainbed_hp.scripts import run
 from domainbed_hp.scripts.export import main as export
@@ -60,7 +60,7 @@ def test_exported_folder_gives_the_same_logits(tmp_path: Path, algorithm: str, h
     assert run(export, [str(tmp_path / "run"), str(tmp_path / "clip")]) == 0
 
     expected = model.eval().predict(images(3)).detach()
-    prompts = class_prompts(recipe.class_names)
+    prompts = make_prompts(recipe.class_names)
     found = logits_of_stock_open_clip(tmp_path / "clip", images(3), prompts)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (zero_shot - expected).abs().max() > 1e-2
@@ -98,7 +98,7 @@ def test_vit_b_16_from_a_checkpoint_file_to_stock_open_clip(tmp_path: Path, shar
     with torch.no_grad():
         expected = algorithm.predict(x)
         start = make("ZeroShotCLIP", clip_model="ViT-B-16-quickgelu", clip_pretrained=str(tmp_path / "clip.pt"))
-    found = logits_of_stock_open_clip(tmp_path / "exported", x, class_prompts(recipe.class_names))
+    found = logits_of_stock_open_clip(tmp_path / "exported", x, make_prompts(recipe.class_names))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     moved = algorithm.tower.merge()["visual.transformer.resblocks.11.attn.in_proj_weight"]
     assert not torch.equal(moved, start.tower.merge()["visual.transformer.resblocks.11.attn.in_proj_weight"])

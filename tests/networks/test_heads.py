@@ -101,7 +101,7 @@ def test_head_lora_is_a_product_per_head() -> None:
     x = torch.randn(2, 5, 12)
     expected = torch.cat([x @ lora.lora_A[i] @ lora.lora_B[i] for i in range(3)], dim=-1)
     torch.testing.assert_close(lora(x, torch.zeros_like(x)), expected)
-    torch.testing.assert_close(x @ lora.delta_weight(), expected)
+    torch.testing.assert_close(x @ lora.compute_delta_weight(), expected)
 
 
 def test_shared_lora_is_one_low_rank_product() -> None:
@@ -109,8 +109,8 @@ def test_shared_lora_is_one_low_rank_product() -> None:
     lora = HeadLoRA(12, 3, 2, shared=True)
     nn.init.normal_(lora.lora_B)
     x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(lora(x, torch.ones_like(x)), 1 + x @ lora.delta_weight())
-    assert torch.linalg.matrix_rank(lora.delta_weight()) == 2
+    torch.testing.assert_close(lora(x, torch.ones_like(x)), 1 + x @ lora.compute_delta_weight())
+    assert torch.linalg.matrix_rank(lora.compute_delta_weight()) == 2
     assert len(lora.lora_A) == 1
 
 
@@ -121,8 +121,8 @@ def test_output_lora_reads_each_head_alone() -> None:
         nn.init.normal_(lora.lora_B)
         heads = torch.randn(2, 5, 3, 4)
         x = heads.flatten(-2)
-        torch.testing.assert_close(lora(x, x), x + x @ lora.delta_weight())
-        assert torch.linalg.matrix_rank(lora.delta_weight()) == (2 if shared else 6)
+        torch.testing.assert_close(lora(x, x), x + x @ lora.compute_delta_weight())
+        assert torch.linalg.matrix_rank(lora.compute_delta_weight()) == (2 if shared else 6)
 
 
 def test_gates() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from domainbed_hp.networks.mmd import KERNELS, MMD, bandwidths, pair_contrasts, squared_distances
+from domainbed_hp.networks.mmd import KERNELS, MMD, compute_bandwidths, compute_squared_distances, make_pair_contrasts
 
 
 def plain_mmd(x: list[list[float]], y: list[list[float]], kernel: str) -> float:
@@ -83,8 +83,8 @@ def test_bandwidth_is_detached_and_can_be_held() -> None:
 
 def test_distances_far_from_the_origin() -> None:
     x = torch.randn(6, 8) * 1e-2
-    far = squared_distances(x + 100)
+    far = compute_squared_distances(x + 100)
     torch.testing.assert_close(
         far, torch.cdist((x + 100).double(), (x + 100).double()).square().float(), atol=1e-6, rtol=1e-2
     )
-    assert bandwidths(far, pair_contrasts((4, 2), far)[1], "median").shape == (1,)
+    assert compute_bandwidths(far, make_pair_contrasts((4, 2), far)[1], "median").shape == (1,)

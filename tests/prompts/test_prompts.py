@@ -13,7 +13,7 @@ from domainbed_hp.hparams_registry import default_hparams
 from domainbed_hp.networks.clip import MINI, Clip, load_clip
 from domainbed_hp.networks.text import Sentences
 from domainbed_hp.prompts import per_image
-from domainbed_hp.prompts.base import TextSide, class_prompts, make_text_side
+from domainbed_hp.prompts.base import TextSide, make_prompts, make_text_side
 from domainbed_hp.registry import UsageError
 
 NAMES = [name.replace("_", " ") for name in CLASSES]
@@ -68,7 +68,7 @@ def with_vectors(stock: Any, tokenizer: Any, vectors: Tensor, texts: list[str]) 
 def test_text_tower_is_open_clips(which: str, vit: Clip) -> None:
     clip = vit if which == "vit" else load_clip("mini", "shapes")
     prompts = ["a photo of a dog.", "a", "a sketch of an electric guitar."]
-    tower = clip.text_tower()
+    tower = clip.make_text_tower()
     expected = clip._model.encode_text(tower.tokenizer(prompts))
     sentences = Sentences(tower, "", 0, prompts)
     cut = sentences(torch.empty(1, 0, tower.width))
@@ -80,7 +80,7 @@ def test_text_tower_is_open_clips(which: str, vit: Clip) -> None:
 
 @torch.no_grad()
 def test_sentences_put_vectors_between_their_two_texts(stock: Any) -> None:
-    tower = load_clip("mini", "shapes").text_tower()
+    tower = load_clip("mini", "shapes").make_text_tower()
     sentences = Sentences(tower, "a photo", 2, ["of a dog.", "cat"])
     vectors = torch.randn(5, 2, 2, tower.width)
     embedded = sentences(vectors)
@@ -103,7 +103,7 @@ def test_too_many_tokens_are_refused() -> None:
 
 @torch.no_grad()
 def test_template_and_ensemble(stock: Any) -> None:
-    tokenizer = load_clip("mini", "shapes").text_tower().tokenizer
+    tokenizer = load_clip("mini", "shapes").make_text_tower().tokenizer
     x = unit_features(4)
     fixed, ensemble = mini("template", template="a {} here."), mini("ensemble", ensemble="imagenet7")
     expected = stock.encode_text(tokenizer([f"a {name} here." for name in NAMES]))
@@ -157,11 +157,11 @@ def test_coop_reads_start_vectors_name_end(stock: Any) -> None:
 @torch.no_grad()
 def test_text_features_are_kept_while_nothing_changes() -> None:
     text = mini("coop")
-    kept = text.class_features(unit_features(2))
-    assert text.class_features(unit_features(5)) is kept
+    kept = text.compute_class_features(unit_features(2))
+    assert text.compute_class_features(unit_features(5)) is kept
     text.context.add_(1)
-    assert not torch.equal(text.class_features(unit_features(2)), kept)
-    assert mini("cocoop").class_features(unit_features(5)).shape == (5, 3, 128)
+    assert not torch.equal(text.compute_class_features(unit_features(2)), kept)
+    assert mini("cocoop").compute_class_features(unit_features(5)).shape == (5, 3, 128)
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def test_dpl_gives_each_domain_the_mean_over_its_images(stock: Any) -> None:
     text, x, sizes = mini("dpl"), unit_features(6), [2, 3, 1]
     rows = [dpl_text(stock, text, mlp(text, domain).mean(0)) for domain in x.split(sizes)]
     per_image_text = torch.stack([rows[k] for k, n in enumerate(sizes) for _ in range(n)])
-    torch.testing.assert_close(text.class_features(x, sizes), per_image_text, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text.compute_class_features(x, sizes), per_image_text, atol=1e-5, rtol=1e-5)
     expected = torch.stack([text.logit_scale * t @ image for t, image in zip(per_image_text, x, strict=True)])
     torch.testing.assert_close(text(x, sizes), expected, atol=1e-3, rtol=1e-4)
 
@@ -235,10 +235,10 @@ def test_dpl_gives_each_domain_the_mean_over_its_images(stock: Any) -> None:
 def test_dpl_evaluates_each_image_alone_or_the_batch_as_one(stock: Any) -> None:
     text, x = mini("dpl"), unit_features(4)
     alone = torch.stack([dpl_text(stock, text, prompt) for prompt in mlp(text, x)])
-    torch.testing.assert_close(text.class_features(x), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text.compute_class_features(x), alone, atol=1e-5, rtol=1e-5)
     text.hparams["dpl_transductive"] = True
     together = dpl_text(stock, text, mlp(text, x).mean(0))
-    torch.testing.assert_close(text.class_features(x), together, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text.compute_class_features(x), together, atol=1e-5, rtol=1e-5)
     assert text.is_transductive(text.hparams) and not text.is_transductive(text.hparams | {"dpl_transductive": False})
 
 
@@ -371,7 +371,7 @@ def test_text_lora_targets_are_checked(targets: str) -> None:
 
 
 def test_braces_in_a_template_are_plain_text() -> None:
-    assert class_prompts(["sea_horse"], "a {x} of {} }") == ["a {x} of sea horse }"]
+    assert make_prompts(["sea_horse"], "a {x} of {} }") == ["a {x} of sea horse }"]
 
 
 def test_a_linear_classifier_answers_in_full_precision() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from domainbed_hp.hparams_registry import resolve_hparams
 from domainbed_hp.networks.clip import load_clip
 from domainbed_hp.prompts.duprg import AutoEncoder
-from domainbed_hp.prompts.prompt_styler import arcface, content_loss, style_loss
+from domainbed_hp.prompts.prompt_styler import compute_arcface_logits, compute_content_loss, compute_style_loss
 from domainbed_hp.prompts.text_only import TextOnly
 from domainbed_hp.registry import UsageError
 
@@ -136,31 +136,31 @@ def test_records_say_source_free(prompt: str) -> None:
 def test_style_loss() -> None:
     style, *earlier = units(4, 6)
     cosines = [abs(sum(a * b for a, b in zip(style.tolist(), e.tolist(), strict=True))) for e in earlier]
-    assert style_loss(style, earlier).item() == pytest.approx(sum(cosines) / 3, abs=1e-6)
-    assert style_loss(style, []).item() == 0
+    assert compute_style_loss(style, earlier).item() == pytest.approx(sum(cosines) / 3, abs=1e-6)
+    assert compute_style_loss(style, []).item() == 0
 
 
 def test_content_loss() -> None:
     styled, content = units(3, 6), units(3, 6, seed=1)
     z = [[math.exp(sum(a * b for a, b in zip(s, c, strict=True))) for c in content.tolist()] for s in styled.tolist()]
     expected = -sum(math.log(z[m][m] / sum(z[m])) for m in range(3)) / 3
-    assert content_loss(styled, content).item() == pytest.approx(expected, abs=1e-6)
+    assert compute_content_loss(styled, content).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_arcface_adds_the_margin_to_the_angle_of_the_true_class() -> None:
     cosines, y = (units(4, 6) @ units(3, 6, seed=1).T), torch.tensor([2, 0, 1, 1])
     angles = torch.acos(cosines)
     angles[range(4), y] += 0.3
-    torch.testing.assert_close(arcface(cosines, y, 5.0, 0.3), 5 * torch.cos(angles))
+    torch.testing.assert_close(compute_arcface_logits(cosines, y, 5.0, 0.3), 5 * torch.cos(angles))
     edge = torch.tensor([[1.0, -1.0]], requires_grad=True)
-    arcface(edge, torch.tensor([0]), 5.0, 0.5).sum().backward()
+    compute_arcface_logits(edge, torch.tensor([0]), 5.0, 0.5).sum().backward()
     assert edge.grad is not None and edge.grad.isfinite().all()
 
 
 def test_style_features_are_clips_own() -> None:
     """With the embeddings of a real word in the gap, the sentence is plain text."""
     clip = load_clip("mini", "shapes")
-    expected = clip.text_features(["a a style of a", *(f"a a style of a {name}" for name in NAMES), *NAMES])
+    expected = clip.encode_prompts(["a a style of a", *(f"a a style of a {name}" for name in NAMES), *NAMES])
     tower, styled, contents = small("promptstyler").text.helpers
     word = tower.embed("a")  # one token
     got = tower(styled(word[None]), styled.ends)
@@ -218,9 +218,9 @@ def test_classifier_finds_the_classes_in_batches_of_128(monkeypatch: pytest.Monk
 
     def counted(cosines: Tensor, *rest: Any) -> Tensor:
         steps.append(len(cosines))
-        return arcface(cosines, *rest)
+        return compute_arcface_logits(cosines, *rest)
 
-    monkeypatch.setattr("domainbed_hp.prompts.prompt_styler.arcface", counted)
+    monkeypatch.setattr("domainbed_hp.prompts.prompt_styler.compute_arcface_logits", counted)
     centres = torch.eye(16)[:3]
     x = F.normalize(centres + 0.1 * units(50, 3, 16), dim=-1)
     weight = small("promptstyler", styler_epochs=20).text.train_classifier(x)
@@ -234,7 +234,7 @@ def test_classifier_finds_the_classes_in_batches_of_128(monkeypatch: pytest.Monk
 def test_bank_of_prompts() -> None:
     domains = ["photo", "art", "cartoon", "sketch", "clipart", "infograph", "painting", "quickdraw", "real", "product"]
     prompts = [f"a {domain} photo of a electric guitar" for domain in domains]
-    expected = load_clip("mini", "shapes").text_features(["a photo of a electric guitar", *prompts])
+    expected = load_clip("mini", "shapes").encode_prompts(["a photo of a electric guitar", *prompts])
     bank = small("duprg").text.bank
     assert bank.shape[:2] == (3, 11)
     torch.testing.assert_close(bank[CLASSES.index("electric_guitar")], expected, atol=1e-5, rtol=1e-5)
@@ -312,7 +312,7 @@ def test_what_an_epoch_with_each_step_goes_with() -> None:
     assert algorithm.describe_protocol(algorithm.hparams)["source_free"]
     plain, loss = features(algorithm), algorithm.text.backward()["duprg"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(algorithm.text.class_features(torch.zeros(1, 1)), plain)
+        assert torch.equal(algorithm.text.compute_class_features(torch.zeros(1, 1)), plain)
         assert torch.equal(algorithm.text.backward()["duprg"], loss)
     with pytest.raises(UsageError, match="FrozenCLIP"):
         resolve_hparams("ZeroShotCLIP", "PACS", 0, 0, {"prompt": "duprg", "duprg_per_step": True})

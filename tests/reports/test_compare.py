@@ -60,11 +60,11 @@ def test_the_interval_makes_up_for_few_trials():
 def test_equal_rows_do_not_differ():
     found = first(paired([[0.0] * 6, [0.0] * 6]))
     assert [(d.mean, d.p, d.low, d.high) for d in found.differences] == [(0, 1, 0, 0)] * 3
-    assert not found.warnings()
+    assert not found.list_warnings()
 
 
 def test_too_few_trials_are_a_warning_and_a_single_one_tells_nothing():
-    alone, together = first(paired([[0.01, 0.02, 0.03]] * 2)).warnings()
+    alone, together = first(paired([[0.01, 0.02, 0.03]] * 2)).list_warnings()
     assert (
         alone == "PACS, A, C: with 3 trials p cannot fall below 0.25, and the interval is too narrow; run more trials"
     )
@@ -72,12 +72,12 @@ def test_too_few_trials_are_a_warning_and_a_single_one_tells_nothing():
     single = first(paired([[0.01]]))
     assert single.differences[0].p is None
     assert "PACS, A, all: with 1 trial there is no interval and no p" in single.to_text()
-    assert [bool(first(paired([[0.01] * n])).warnings()) for n in (5, 6)] == [True, False]
+    assert [bool(first(paired([[0.01] * n])).list_warnings()) for n in (5, 6)] == [True, False]
 
 
 def test_each_number_of_trials_has_a_warning_of_its_own():
     found = first(paired([[0.01], [0.01, 0.02, 0.01, 0.02]]))
-    assert [line.split(": ")[0] for line in found.warnings()] == ["PACS, A", "PACS, C", "PACS, all"]
+    assert [line.split(": ")[0] for line in found.list_warnings()] == ["PACS, A", "PACS, C", "PACS, all"]
     assert found.differences[2].p is not None and found.differences[2].low is None
 
 
@@ -101,7 +101,7 @@ def test_pairs_with_nan_are_left_out_and_said():
     records = paired([[0.01] * 7])
     records[1]["env0_in_acc"] = float("nan")
     found = first(records)
-    assert found.differences[0].n == 6 and found.warnings() == ["PACS: 1 pairs hold NaN and are left out"]
+    assert found.differences[0].n == 6 and found.list_warnings() == ["PACS: 1 pairs hold NaN and are left out"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from made_records import collected, frame, launched, minimal, record, write
 
 from domainbed_hp.registry import UsageError
-from domainbed_hp.reports.load import load_runs
+from domainbed_hp.reports.load import collect_records, load_runs
 from domainbed_hp.run_args import PROTOCOL
 
 
@@ -258,3 +258,11 @@ def test_domainbeds_own_sweep(shared_data: Path):
     for line, (_, row) in zip(lines, ours.iterrows(), strict=True):
         theirs = json.loads(line)
         assert all(row[name] == value for name, value in theirs.items() if isinstance(value, float))
+
+
+def test_a_run_that_was_resumed_elsewhere_or_by_another_version_is_one_run() -> None:
+    old = record(0, 0.5, data_dir="a", imports=[], loader="batched")
+    new = record(0, 0.6, data_dir="b", imports=[]) | {"step": 5}
+    other = record(0, 0.7, data_dir="b", imports=[], steps=7) | {"step": 9}
+    found = collect_records([("run", old), ("run", new), ("run", other)])
+    assert found.frame["run"].tolist() == [0, 0, 1] and len(found.runs) == 2

@@ -31,7 +31,7 @@ def test_environments_agree_with_their_average():
 def test_only_columns_that_are_asked_for():
     (averages,) = make_published_tables({"OfficeHome": "ACPR", "Mine": "01"})
     assert averages.columns == ("OfficeHome", "Avg")
-    line = next(line for line in averages.lines() if line[0] == "AHP")
+    line = next(line for line in averages.format_lines() if line[0] == "AHP")
     assert line[1:] == ["87.0", "78.2", "A", "OpenAI", "not stated", "not stated"]
     assert "CORAL (DPL)" in [row.method for row in averages.rows]
     assert make_published_tables({"Mine": "01"}) == []
@@ -39,7 +39,7 @@ def test_only_columns_that_are_asked_for():
 
 def test_notes_name_the_sources_that_are_used():
     environments, averages = make_published_tables({"PACS": "ACPS"})
-    assert [line[:5] for line in environments.lines()][1] == ["MIRO", "95.6", "96.6", "99.7", "90.7"]
-    assert environments.notes()[0].startswith("Sources: M: MIRO") and "; A:" not in environments.notes()[0]
-    assert "MIRO (M): " not in averages.notes()[1] and "TA-IB (T): unverified" in averages.notes()[1]
-    assert next(line for line in averages.lines() if line[0] == "MIRO")[1] == "95.6 ± 0.8"
+    assert [line[:5] for line in environments.format_lines()][1] == ["MIRO", "95.6", "96.6", "99.7", "90.7"]
+    assert environments.list_notes()[0].startswith("Sources: M: MIRO") and "; A:" not in environments.list_notes()[0]
+    assert "MIRO (M): " not in averages.list_notes()[1] and "TA-IB (T): unverified" in averages.list_notes()[1]
+    assert next(line for line in averages.format_lines() if line[0] == "MIRO")[1] == "95.6 ± 0.8"

@@ -26,7 +26,7 @@ from domainbed_hp.scripts import run
 from domainbed_hp.scripts import sweep as script
 from domainbed_hp.sweep import jobs as jobs_module
 from domainbed_hp.sweep.config import spec_from
-from domainbed_hp.sweep.jobs import Job, job_name, load_jobs
+from domainbed_hp.sweep.jobs import Job, load_jobs, make_job_name
 from domainbed_hp.sweep.spec import Row, SweepSpec, describe_sweep, make_jobs
 from domainbed_hp.sweep.validation import resolve_rows
 
@@ -116,14 +116,14 @@ def jobs_of(**values: Any) -> list[Job]:
 
 def test_domainbeds_job_names_and_seeds() -> None:
     jobs = jobs_of(data_dir="/my/datasets/path", n_trials=1, single_test_envs=True)
-    assert [(job_name(job.args), job.args["seed"]) for job in jobs] == GOLDEN
+    assert [(make_job_name(job.args), job.args["seed"]) for job in jobs] == GOLDEN
 
 
 def test_domainbeds_shipped_sweep(shared_data: Path) -> None:
     jobs = jobs_of(datasets=["VLCS"], data_dir="/checkpoint/dlp/datasets_new", n_trials=2, n_hparams=2, steps=1001)
     shipped = {path.parent.name for path in (shared_data / "domainbed_sweep").rglob("done")}
     assert len(shipped) == 40
-    assert {job_name(job.args) for job in jobs} == shipped
+    assert {make_job_name(job.args) for job in jobs} == shipped
 
 
 def test_domainbeds_command() -> None:

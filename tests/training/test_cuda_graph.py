@@ -11,7 +11,7 @@ from helpers import batches, images, make
 from domainbed_hp.algorithms import Algorithm
 from domainbed_hp.algorithms.head_purification import HeadPurification
 from domainbed_hp.algorithms.lpft import LPFT
-from domainbed_hp.networks.fused import fused_adamw
+from domainbed_hp.networks.fused import make_fused_adamw
 from domainbed_hp.registry import UsageError
 from domainbed_hp.training import cuda_graph
 from domainbed_hp.training.cuda_graph import COMPILE_STEPS, CudaGraphStep, can_compile, speed_up_training
@@ -163,7 +163,7 @@ def test_what_happens_between_steps_is_seen_by_the_next(device: torch.device) ->
 
 def test_a_fused_step_is_seen_by_what_is_kept_while_weights_stay() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer, before = fused_adamw([weight], lr=0.1), weight._version
+    optimizer, before = make_fused_adamw([weight], lr=0.1), weight._version
     weight.grad = torch.ones(2)
     optimizer.step()
     assert weight._version > before and weight[0] < 1

@@ -28,7 +28,7 @@ class CheckResult:
     counts: dict[str, dict[str, int]]
     """Environment folder -> class -> images."""
     expected: dict[str, int]
-    """Environment folder -> images of this build; where it is no known build, of the spec's own."""
+    """Environment folder -> images of this build, or of the spec's own if it is no known build."""
     undecodable: dict[str, str]
     """Path -> reason."""
     duplicates: list[list[str]]
@@ -39,10 +39,10 @@ class CheckResult:
         # Duplicates do not count: they are part of the published benchmark, its splits and its results.
         return self.build is not None and not self.problems and not self.undecodable
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **vars(self)}
 
-    def as_text(self) -> str:
+    def to_text(self) -> str:
         """Return a table of images per class and environment, and a line for everything that is wrong."""
         classes = sorted(set().union(*self.counts.values()))
         rows: list[list[Any]] = [[name, *(per.get(name, 0) for per in self.counts.values())] for name in classes]

@@ -1,18 +1,16 @@
-"""Download a data set: fetch its archives, unpack them beside the target, check the images, move them into place.
+"""Download a data set: fetch its archives, unpack them next to the target, check the images, move them into place.
 
-Unfinished files lie in two hidden folders, `.downloads/<folder>` and `.<folder>.partial`. A run that was stopped at any
-moment leaves them, and the next run goes on from them and removes them.
+Unfinished files lie in two hidden folders. A download that was stopped leaves them, and the next one goes on from them.
 """
 
 import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from domainbed_hp.datasets.download import fetch
-from domainbed_hp.datasets.download.unpack import unpack, unpacked_size
+from domainbed_hp.datasets.download.unpack import read_unpacked_size, unpack
 from domainbed_hp.datasets.folder import (
     describe_counts,
     find_build,
@@ -26,35 +24,18 @@ from domainbed_hp.files import hold_lock, sha256_of
 from domainbed_hp.registry import UsageError
 
 
-@dataclass(frozen=True)
 class Places:
     """The paths of one data set's files during its download."""
 
-    data_dir: Path
-    folder: str
-
-    @property
-    def target(self) -> Path:
-        return self.data_dir / self.folder
-
-    @property
-    def downloads(self) -> Path:
-        """Return the folder of archives, whole and in part."""
-        return self.data_dir / ".downloads" / self.folder
-
-    @property
-    def partial(self) -> Path:
-        """Return the folder of unpacked files; it lies beside the target, so that a rename can move it there."""
-        return self.data_dir / f".{self.folder}.partial"
-
-    @property
-    def lock(self) -> Path:
-        return self.data_dir / f".{self.folder}.lock"
-
-    @property
-    def digests(self) -> Path:
-        """Return the file of the SHA-256 of every archive's first good download, in the format of sha256sum."""
-        return self.data_dir / "digests.txt"
+    def __init__(self, data_dir: Path, folder: str) -> None:
+        self.data_dir, self.target = data_dir, data_dir / folder
+        self.downloads = data_dir / ".downloads" / folder
+        """Folder of archives, whole and in part."""
+        self.partial = data_dir / f".{folder}.partial"
+        """Folder of unpacked files, next to the target so that a rename can move it there."""
+        self.lock = data_dir / f".{folder}.lock"
+        self.digests = data_dir / "digests.txt"
+        """File of the SHA-256 of every archive's first good download, in the format of sha256sum."""
 
 
 def download(
@@ -68,8 +49,8 @@ def download(
 
     Args:
         mirror: URL of a folder that has the archives under their names; tried first.
-        archives: Name -> path of archives fetched by hand; neither moved nor removed.
-        accept_counts: Install images also where their numbers are of no known build.
+        archives: name -> path of archives fetched by hand, which are neither moved nor removed.
+        accept_counts: whether images are installed whose numbers are of no known build.
     """
     if not spec.archives:
         raise UsageError(f"{spec.name} has no archives to download" + (": it is generated" if spec.build else ""))
@@ -90,7 +71,7 @@ def download(
 
 
 def remove_downloads(downloads: Path, by_hand: Collection[Path]) -> None:
-    """Remove the downloaded archives, but not those that the user passed from there."""
+    """Remove the downloaded archives, except those that the user passed by hand."""
     protected = [path.resolve() for path in by_hand]
     for path in downloads.rglob("*"):
         if not path.is_dir() and path.resolve() not in protected:
@@ -99,7 +80,7 @@ def remove_downloads(downloads: Path, by_hand: Collection[Path]) -> None:
 
 
 def match_archives(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[str, Path]:
-    """Return archive name -> path, by the names of the files; a single expected archive may have any name."""
+    """Return archive name -> path by the names of the files; the only file for the only archive may have any name."""
     names = [archive.name for spec in specs for archive in spec.archives]
     archives = {}
     for path in paths:
@@ -112,7 +93,7 @@ def match_archives(specs: Sequence[DatasetSpec], paths: Sequence[Path]) -> dict[
 
 
 def is_complete(spec: DatasetSpec, target: Path, accept_counts: bool) -> bool:
-    """Return True if `target` holds the data set, False if it is missing or empty; `UsageError` lists all problems."""
+    """Return whether `target` holds the data set; `UsageError` lists all problems of one that is not empty."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         if target.is_symlink():
             raise UsageError(
@@ -149,7 +130,7 @@ def install(spec: DatasetSpec, places: Places, mirror: str, archives: Mapping[st
     """Fetch, unpack and check the images, and only then move them to the target."""
     print(f"{spec.name}\n  licence: {spec.licence or 'none stated'}\n  please cite: {spec.citation}")
     print(f"  homepage: {spec.homepage or 'none'}", flush=True)
-    shutil.rmtree(places.partial, ignore_errors=True)  # of a run that was killed; it takes up space
+    shutil.rmtree(places.partial, ignore_errors=True)  # of a killed process
     digests = read_digests(places.digests)
     places.downloads.mkdir(parents=True, exist_ok=True)
     files = {archive.name: fetch_archive(spec, archive, places, mirror, archives, digests) for archive in spec.archives}
@@ -215,7 +196,7 @@ def fetch_archive(
 
 def unpack_all(spec: DatasetSpec, places: Places, files: Mapping[str, Path], by_hand: Collection[Path]) -> None:
     """Unpack all archives into `places.partial`; a damaged one is removed, unless it was fetched by hand."""
-    fetch.check_space(places.data_dir, sum(map(unpacked_size, files.values())))
+    fetch.check_space(places.data_dir, sum(map(read_unpacked_size, files.values())))
     places.partial.mkdir()
     for archive in spec.archives:
         path = files[archive.name]
@@ -257,7 +238,6 @@ def read_digests(path: Path) -> dict[str, str]:
 
 def append_digest(path: Path, digest: str, name: str) -> None:
     """Append a digest to the file, on a line of its own even after a line that was cut short."""
-    # Not rewritten: another data set may be downloaded at the same time.
     cut = path.exists() and not path.read_text().endswith("\n")
     with open(path, "a") as file:
         file.write("\n" * cut + f"{digest}  {name}\n")

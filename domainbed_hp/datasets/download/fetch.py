@@ -1,7 +1,6 @@
 """Download one file from one source, and go on where an earlier try stopped.
 
-gdown downloads from Google Drive, `resume` over HTTP: pooch, which names the files, would always start over. Digests
-are checked before pooch gets a file, because it loses an unfinished file when a run is killed.
+gdown downloads from Google Drive, `resume` over HTTP: pooch, which names the files, would always start over.
 """
 
 import functools
@@ -63,9 +62,10 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
 
     def download_checked(url: str, to: str, _: object) -> None:
         download(url, partial)
-        try:
+        try:  # now, because pooch loses an unfinished file when its process is killed
             check_content(partial, archive)
-            check_digest(partial, digest)
+            if digest and (got := sha256_of(partial)) != digest:
+                raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
         except UsageError:
             partial.unlink()
             raise
@@ -78,12 +78,12 @@ def fetch(source: str, archive: Archive, folder: Path, digest: str) -> Path:
         pooch.retrieve(source, None, fname=name, path=folder, downloader=download_checked)
     finally:
         if not partial.exists():
-            stamp_of(partial).unlink(missing_ok=True)
+            get_stamp_path(partial).unlink(missing_ok=True)
     return path
 
 
 def check_content(path: Path, archive: Archive) -> None:
-    """Raise `UsageError` where a file is not an archive but a quota page, a form or an error page."""
+    """Raise `UsageError` for a file that is not the archive but a web page, such as one on a quota or an error."""
     with open(path, "rb") as file:
         start = file.read(2**16)
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|!--|\?xml)", start, re.IGNORECASE):
@@ -94,25 +94,19 @@ def check_content(path: Path, archive: Archive) -> None:
         raise UsageError(f"got a file that is neither a zip nor a tar instead of {archive.name}")
 
 
-def check_digest(path: Path, digest: str) -> None:
-    """Raise `UsageError` where a file has another SHA-256 than `digest`; "" is no digest to check."""
-    if digest and (got := sha256_of(path)) != digest:
-        raise UsageError(f"its SHA-256 {got} does not match the known hash {digest}")
-
-
 def is_packed(archive: Archive) -> bool:
     return archive.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))
 
 
 def resume(url: str, partial: Path) -> None:
-    """Download the file at `url` to `partial`; after lost connections and from busy servers, try again and again."""
-    failures, furthest = 0, file_size(partial)
+    """Download the file at `url` to `partial`; try again after lost connections and from busy servers."""
+    failures, furthest = 0, read_size(partial)
     with requests.Session() as session:
         while True:
             try:
                 return transfer(session, url, partial)
             except RETRIED as error:
-                if (reached := file_size(partial)) > furthest:
+                if (reached := read_size(partial)) > furthest:
                     failures, furthest = 0, reached
                 failures += 1
                 if failures > RETRIES:
@@ -125,14 +119,14 @@ def resume(url: str, partial: Path) -> None:
 
 def transfer(session: requests.Session, url: str, partial: Path) -> None:
     """Try once to download the rest of the file."""
-    stamp = stamp_of(partial)
-    start = file_size(partial) if stamp.exists() else 0
+    stamp = get_stamp_path(partial)
+    start = read_size(partial) if stamp.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": stamp.read_text()}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         if response.status_code in BUSY:
-            raise Busy(f"{response.status_code} {response.reason}", retry_after_s(response))
+            raise Busy(f"{response.status_code} {response.reason}", read_retry_after_s(response))
         content_range = response.headers.get("Content-Range", "")
         tag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
         version = modified if tag.startswith("W/") or not tag else tag
@@ -149,14 +143,14 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
         response.raise_for_status()
         if response.status_code != 206:
             start = 0  # the server knows no ranges, or its file is another by now
-        # A server may send less of the rest than was asked for; the size of the whole stands in Content-Range.
+        # A server may send less of the rest than was asked for; Content-Range has the size of the whole.
         ranged = response.status_code == 206
         whole = content_range.rpartition("/")[2] if ranged else response.headers.get("Content-Length", "")
         total = int(whole) if whole.isdigit() else None
         check_space(partial.parent, (total or 0) - start)
         with open(partial, "ab" if start else "wb") as file:
             if not start:
-                # Without a strong name for this version nothing says that a rest belongs to this start.
+                # Only a strong name of this version says that a rest belongs to this start.
                 stamp.unlink(missing_ok=True)
                 if version:
                     stamp.write_text(version)
@@ -169,17 +163,16 @@ def transfer(session: requests.Session, url: str, partial: Path) -> None:
                         bar.update(len(chunk))
                 except urllib3.exceptions.HTTPError as error:
                     raise requests.ConnectionError(str(error)) from error
-    if total is not None and file_size(partial) != total:
-        raise requests.ConnectionError(f"got {file_size(partial):,} of {total:,} bytes")
+    if total is not None and read_size(partial) != total:
+        raise requests.ConnectionError(f"got {read_size(partial):,} of {total:,} bytes")
 
 
-def stamp_of(partial: Path) -> Path:
-    """Return the path of the file that names the version of the source's file of which `partial` is a part."""
+def get_stamp_path(partial: Path) -> Path:
+    """Return the path of the file that names the version of the remote file of which `partial` is a part."""
     return partial.with_suffix(".stamp")
 
 
 def download_from_drive(source: str, partial: Path) -> None:
-    """Download a file from Google Drive to `partial`."""
     if partial.exists():
         return  # whole: only then gdown gives it this name
 
@@ -192,7 +185,7 @@ def download_from_drive(source: str, partial: Path) -> None:
             check_space(partial.parent, total - received)
         bar.update(received - bar.n)
 
-    before = sum(map(file_size, list_parts()))
+    before = sum(map(read_size, list_parts()))
     download = functools.partial(
         gdown_download,
         id=source.removeprefix(DRIVE),
@@ -208,10 +201,10 @@ def download_from_drive(source: str, partial: Path) -> None:
         try:
             download()
         except DownloadError as error:
-            # gdown cannot go on with a part that is whole already, or whose file was replaced. Those errors are neither
-            # a page of Drive's nor a lost connection.
+            # gdown cannot go on with a part that is whole, or whose remote file was replaced. Its error is then neither
+            # for a page of Drive's nor for a lost connection.
             stuck = before and not isinstance(error, FileURLRetrievalError) and error.__cause__ is None
-            if not stuck or sum(map(file_size, list_parts())) > before:
+            if not stuck or sum(map(read_size, list_parts())) > before:
                 raise
             for part in list_parts():
                 part.unlink()
@@ -223,7 +216,7 @@ def show_progress(partial: Path, total: int | None, start: int) -> "tqdm[Never]"
     return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
 
 
-def file_size(path: Path) -> int:
+def read_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
@@ -233,7 +226,7 @@ def check_space(folder: Path, need: int) -> None:
         raise OSError(f"got {free:,} free bytes in {folder}, expected at least {need:,}")
 
 
-def retry_after_s(response: requests.Response) -> float:
+def read_retry_after_s(response: requests.Response) -> float:
     """Return the wait that the server asks for, in seconds or as a date; 0 where it asks for none."""
     text = response.headers.get("Retry-After", "")
     if text.isdigit():

@@ -1,7 +1,7 @@
 """Unpack an archive from an untrusted source: zip, tar, tar.gz.
 
-zipfile and tarfile's data filter write the members. Here every member is checked before, every byte is counted, and an
-archive is refused as a whole for anything that a data set does not need: a link, a device, a path out of the folder.
+zipfile and tarfile's data filter write the members. Before, every member is checked and every byte counted: an archive
+with anything that a data set does not need, such as a link, a device or a path out of the folder, is refused.
 """
 
 import errno
@@ -25,7 +25,7 @@ from domainbed_hp.registry import UsageError
 MAX_GROWTH = 30
 """Largest ratio of the unpacked size to an archive's. Photographs have about 1, drawings and annotations up to 20."""
 SMALL = 64 * 2**20
-"""Number of bytes that every archive may unpack to, however small it is."""
+"""Number of bytes that any archive may unpack to."""
 MAX_MEMBERS = 1_000_000
 CHUNK = 2**20
 CLASHES = (FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -56,8 +56,9 @@ def find_kind(path: Path) -> str:
 def unpack(archive: Path, into: Path) -> None:
     """Write the files of `archive` under `into`, without hidden files and the litter of archive programs.
 
-    `UsageError` names the archive, the member and the reason; the caller then removes `into`. An `OSError` is the
-    fault of the disk, not of the archive.
+    Raises:
+        UsageError: the archive is refused or damaged; the caller then removes `into`.
+        OSError: the disk is full or faulty.
     """
     limit = max(SMALL, MAX_GROWTH * archive.stat().st_size)
     into.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def unpack(archive: Path, into: Path) -> None:
         raise UsageError(f"{archive}: damaged, or not what its name says{where}: {error}") from error
 
 
-def unpacked_size(archive: Path) -> int:
+def read_unpacked_size(archive: Path) -> int:
     """Return the number of bytes that a zip says it holds; of a tar, the least that it can hold."""
     if find_kind(archive) == "zip":
         with suppress(Exception), zipfile.ZipFile(archive) as file:  # `unpack` reports what is wrong
@@ -119,7 +120,6 @@ def check_name(name: str) -> str:
 
 
 def read_zip(archive: Path, into: Path, _limit: int) -> Generator[Member, None, None]:
-    """Yield the members of a zip."""
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             file_type = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was not made on Unix

@@ -1,9 +1,8 @@
 """Random crops, flips and colours of a whole minibatch, on the device of the model.
 
-The random numbers, a few for every image, are drawn on the host from a generator keyed by (seed, environment, step).
-A run therefore sees the same images on any device, and resumes at any step. The distributions are those of
-torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter and RandomGrayscale with the arguments of DomainBed's
-datasets.py.
+The random numbers are drawn on the host from a generator keyed by (seed, environment, step): a run sees the same images
+on any device, and resumes at any step. The distributions are those of torchvision's RandomResizedCrop,
+RandomHorizontalFlip, ColorJitter and RandomGrayscale with the arguments of DomainBed's datasets.py.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def draw_augmentation(sizes: np.ndarray, augmentation: str, random: np.random.Ge
 def draw_boxes(sizes: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Draw crops as torchvision's RandomResizedCrop: (B, 4) top, left, height and width.
 
-    The first of ten tries that fits is the crop; where none fits, it is the largest allowed centre.
+    The crop is the first of ten tries that fits, or the largest allowed centre if none fits.
     """
     full_h, full_w = sizes[:, :1], sizes[:, 1:]  # (B, 1)
     area = full_h * full_w * random.uniform(*SCALE, (len(sizes), TRIES))
@@ -113,17 +112,16 @@ def crop_by_matrix(images: Tensor, draws: Draws, size: int, interpolation: str) 
     top, left, h, w = torch.from_numpy(draws.box).to(images.device, torch.float32, non_blocking=True).unbind(1)
     rows = make_filters(top, h, height, size, interpolation)
     columns = make_filters(left, w, width, size, interpolation)
-    columns = torch.where(
-        torch.from_numpy(draws.flip).to(images.device, non_blocking=True)[:, None, None], columns.flip(1), columns
-    )
+    flip = torch.from_numpy(draws.flip).to(images.device, non_blocking=True)[:, None, None]
+    columns = torch.where(flip, columns.flip(1), columns)
     x = images.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, H, W)
     return (rows[:, None] @ (x @ columns[:, None].mT).clamp_(0, 1)).clamp_(0, 1)
 
 
 def make_filters(start: Tensor, length: Tensor, full: int, size: int, interpolation: str) -> Tensor:
-    """Return (B, size, full): row i weighs the pixels of [start, start + length) for pixel i of the result, as Pillow.
+    """Return (B, size, full): row i has the weights of the pixels of [start, start + length) in pixel i of the result.
 
-    The filter is a triangle or Keys' cubic of a = -1/2. It is stretched where the result is smaller than the crop.
+    As in Pillow the filter is a triangle or Keys' cubic of a = -1/2, stretched if the result is smaller than the crop.
     """
     scale = (length / size)[:, None, None]
     centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
@@ -134,8 +132,7 @@ def make_filters(start: Tensor, length: Tensor, full: int, size: int, interpolat
     else:
         near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
         weights = torch.where(d < 1, near, torch.where(d < 2, far, 0))
-    inside = (places >= start[:, None, None]) & (places < (start + length)[:, None, None])
-    weights = weights * inside
+    weights = weights * ((places >= start[:, None, None]) & (places < (start + length)[:, None, None]))
     return weights / weights.sum(dim=2, keepdim=True)
 
 

@@ -1,7 +1,6 @@
-"""Minibatches to train on and batches to score, as uint8; all are pure functions of a seed and an index.
+"""Minibatches to train on and batches to score, as uint8: pure functions of a seed and an index.
 
-A run can therefore resume at step t without any loader state. Neither the number of threads nor how often a model is
-scored changes what the run trains on.
+A run therefore resumes at any step without loader state. Neither threads nor evaluation change the minibatches.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Batch(NamedTuple):
         return x, self.labels.to(device, non_blocking=True)
 
 
-# DEVIATION: DomainBed draws batches, augmentation and the order of evaluation from the global generator, so that how
-# often a model is scored changes the training; and its loader never returns for a split smaller than a batch.
+# DEVIATION: DomainBed draws batches, augmentation and the order of evaluation from the global generator, so that
+# evaluation changes the training; and its loader never returns for a split smaller than a batch.
 class TrainLoader:
     """The minibatches of a run: item t holds one `Batch` of every environment of `envs` for step t.
 
@@ -84,7 +83,7 @@ class TrainLoader:
         self.probabilities = {env: self._balance_classes(env) if balanced else None for env in envs}
 
     def _balance_classes(self, env: int) -> np.ndarray:
-        """Return the probability of every image that makes all classes equally likely, as DomainBed's lib/misc.py."""
+        """Return the probability of every image by which all classes are equally likely, as DomainBed's lib/misc.py."""
         labels = self.environments[env].labels[self.indices[env]]
         _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
         return 1 / (len(counts) * counts[class_of])
@@ -118,10 +117,7 @@ class TrainLoader:
 
 # DEVIATION: DomainBed scores the `out` splits of training environments on augmented images.
 class EvalLoader:
-    """Batches of the images with the given indices, in their order, not augmented.
-
-    No image is loaded before the first batch is requested.
-    """
+    """Batches of the images with the given indices, in their order, not augmented."""
 
     def __init__(
         self,
@@ -158,7 +154,7 @@ def make_eval_loaders(
 ) -> dict[str, EvalLoader]:
     """Return one loader for every split that is not empty, under the names "env0_in", "env0_out", ...
 
-    `max_images` scores only the first images of a split. They are a random choice, since splits are permuted.
+    `max_images` takes only the first images of a split, which are a random choice, since splits are permuted.
     """
     return {
         f"env{env_i}_{name}": EvalLoader(environments[env_i], indices[:max_images], batch_size, threads, pin=pin)

@@ -1,23 +1,23 @@
 """Load ahead in background threads, in order.
 
-Threads, not processes: decoding, resizing and reading release Python's lock, nothing is copied between processes, and
-an error arrives as it was raised. The functions that run in them use numpy and Pillow, never torch's own threads.
+Threads, not processes: decoding, resizing and reading release Python's lock, nothing is copied, and an error arrives as
+it was raised. The functions that run in them use NumPy and Pillow, never torch's own threads.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 2
-"""Number of finished results that wait for the caller; bounds the memory."""
+"""Largest number of finished results that wait for the caller, to bound the memory."""
 
 
 class ThreadPool:
-    """`num_workers` threads that all loaders of a run share; with 0 the caller does the work itself."""
+    """`num_workers` threads that all loaders of a run share; with 0 the caller does the work."""
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
@@ -44,7 +44,7 @@ class ThreadPool:
         if self.executor is not None:
             self.executor.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> "ThreadPool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

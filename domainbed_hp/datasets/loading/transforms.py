@@ -1,7 +1,7 @@
 """The two views of an image that training and scoring read, as small uint8 arrays.
 
 The training view is the image to crop at random from; the evaluation view is the image to score. `prepare` stores both.
-Without prepared data they are made from the decoded image at each access, so that both ways show the same pixels.
+Without prepared data the same pixels are made from the decoded image at each access.
 """
 
 from __future__ import annotations
@@ -62,10 +62,9 @@ def make_evaluation_view(image: Image.Image, size: int, resize: str, interpolati
 def make_training_view(image: Image.Image, size: int, interpolation: str) -> np.ndarray:
     """Return uint8 (h, w, 3): the image, made smaller as long as its smallest square crop has `size` pixels a side.
 
-    The image is never enlarged. Of an image longer than 2:1 only the centre remains. Where the sides differ by more
-    than 1.9, no crop of at least 0.7 of the area and a ratio of at most 4:3 fits into the image, and torchvision's
-    RandomResizedCrop takes a centred crop.
+    The image is never enlarged. Of an image longer than 2:1 only the centre remains.
     """
+    # Above a ratio of 1.9 no crop of 0.7 of the area and a ratio up to 4:3 fits; RandomResizedCrop takes a centred one.
     image = image.convert("RGB")
     width, height = image.size
     if max(width, height) > 2 * min(width, height):

@@ -1,11 +1,9 @@
-"""The files of a prepared folder, which is `prepared/<folder>-<size>-<resize>-<interpolation>/` beside the data set's.
+"""The files of a prepared folder, `prepared/<folder>-<size>-<resize>-<interpolation>/` next to the data set's folder.
 
-It holds `about.json` and, for every environment, `<domain>.bin` with the images one after another and `<domain>.csv`,
-their index. While an environment is incomplete its index is `<domain>.csv.partial`. An image is its training view and
+It holds `about.json` and, for every environment, the images one after another in `<domain>.bin`, and their index in
+`<domain>.csv`, which is named `<domain>.csv.partial` as long as it is incomplete. An image is its training view and
 then its evaluation view: uint8 (h, w, 3) and (3, S, S) in encoding `raw`, a JPEG and a lossless WebP in `compressed`.
 """
-
-from __future__ import annotations
 
 import contextlib
 import csv
@@ -27,7 +25,7 @@ ABOUT = "about.json"
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """The contents of `about.json`: the properties that all environments of a prepared folder share."""
+    """The contents of `about.json`: facts of all environments of a prepared folder."""
 
     dataset: str
     class_names: tuple[str, ...]
@@ -62,13 +60,13 @@ class Entry(NamedTuple):
         return self.offset + self.training_bytes + self.evaluation_bytes
 
 
-def prepared_folder(spec: DatasetSpec, data_dir: Path, size: int, resize: str, interpolation: str) -> Path:
+def get_prepared_folder(spec: DatasetSpec, data_dir: Path, size: int, resize: str, interpolation: str) -> Path:
     root = (data_dir / spec.folder).absolute()
     return root.parent / "prepared" / f"{root.name}-{size}-{resize}-{interpolation}"
 
 
 def read_about(folder: Path) -> About | None:
-    """Read `about.json`; None where there is none, or one of another format."""
+    """Return the contents of `about.json`; None for a missing file and for another format."""
     try:
         values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         about = About(**values | {key: tuple(values[key]) for key in ("class_names", "domains")})
@@ -88,12 +86,12 @@ def list_sources(folder: Path, images: FolderImages) -> Iterator[tuple[str, int,
         try:
             status = os.stat(path)
         except OSError:
-            yield relative_path(folder, path), label, -1, -1
+            yield make_entry_path(folder, path), label, -1, -1
         else:
-            yield relative_path(folder, path), label, status.st_size, status.st_mtime_ns
+            yield make_entry_path(folder, path), label, status.st_size, status.st_mtime_ns
 
 
-def relative_path(folder: Path, path: str) -> str:
+def make_entry_path(folder: Path, path: str) -> str:
     """Return the path of an image in the environment `folder` as an `Entry` has it."""
     return path[len(str(folder)) + 1 :].replace(os.sep, "/")
 

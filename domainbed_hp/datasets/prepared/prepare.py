@@ -1,7 +1,6 @@
 """Make prepared images: one ordered pass over the files of every environment, resumed where it was stopped.
 
-`index` describes the files. An index lists only views that are on disk. Its rename from `.csv.partial` to `.csv`
-completes the environment.
+`index` describes the files. An index lists only views that are on disk; its rename completes the environment.
 """
 
 from __future__ import annotations
@@ -53,18 +52,18 @@ def prepare(
 ) -> Path:
     """Bring the prepared folder of a data set up to date with its image files, and return it.
 
-    A file is unchanged if its size and modification time are, or else its digest; an image with an error is left out
-    until its file changes. `auto` stays with the encoding of an existing folder. Memory: the list of the files, and a
-    few images for every thread.
+    A file is unchanged if its size and modification time are, or else its digest. An image with an error is left out
+    until its file changes. Encoding `auto` is that of an existing folder, and in a new one depends on the size.
     """
     if spec.build is not None:
         raise UsageError(f"{spec.name} is made, not read from image files: there is nothing to prepare")
     if size < 1 or num_workers < 0:
         raise UsageError(f"image_size and num_workers: got {size} and {num_workers}, expected at least 1 and 0")
-    contents = find_images(spec, data_dir / spec.folder)
-    folder = index.prepared_folder(spec, data_dir, size, resize, interpolation)
+    root = data_dir / spec.folder
+    contents = find_images(spec, root)
+    folder = index.get_prepared_folder(spec, data_dir, size, resize, interpolation)
     about = About(spec.name, contents.class_names, spec.domain_folders, size, resize, interpolation, encoding)
-    environments = [Environment(data_dir / spec.folder / d, im, folder) for d, im in contents.environments.items()]
+    environments = [Environment(root / domain, images, folder) for domain, images in contents.environments.items()]
     try:
         message = f"waiting for another prepare of {folder}"
         with hold_lock(folder / "lock", message), ThreadPool(num_workers) as threads:
@@ -84,7 +83,6 @@ def prepare(
                 environment.write_views(about, on_error, threads)
             remove_files(folder, {path for e in environments for path in (e.data, e.index)})
     except OSError as error:
-        # Views that were not yet synced are lost.
         advice = "Correct this and run again; it goes on from where it last saved."
         raise UsageError(f"{error.filename or folder}: {error.strerror}. {advice}") from error
     print("\n".join([f"{folder}, {about.encoding}", *(environment.describe() for environment in environments)]))
@@ -99,7 +97,7 @@ def remove_files(folder: Path, but: Collection[Path] = ()) -> None:
 
 
 def choose_encoding(environments: list[Environment], about: About, threads: ThreadPool) -> About:
-    """Choose the encoding if it is `auto`; `UsageError` where the missing views would not fit on the disk."""
+    """Choose the encoding if it is `auto`; `UsageError` if the missing views do not fit on the disk."""
     if about.encoding == "auto":
         count = sum(len(e.images) for e in environments)
         raw = sum(e.estimate_size(replace(about, encoding="raw"), threads) for e in environments)
@@ -130,13 +128,13 @@ class Environment:
         """Number of bytes of these views."""
 
     def find_unchanged(self) -> None:
-        """Find the leading images whose views are still right; discard a complete environment if a file changed."""
+        """Count the leading images whose views are still right; discard a complete environment if a file changed."""
         path = self.index if self.index.exists() else self.partial
         size = self.data.stat().st_size if self.data.exists() else 0
         sources, entries = index.list_sources(self.source, self.images), index.read_index(path)
         renewed = False
         with tqdm(self.images.paths, f"{self.name}: compare", leave=False, disable=None) as bar:
-            # Entries last: zip must not take one more of them than there are images.
+            # Entries last, since zip must take none of them beyond the last image.
             for image, (*source, mtime_ns), entry in zip(bar, sources, entries, strict=False):
                 if tuple(source) != entry[:3] or entry.end > size:
                     break
@@ -211,7 +209,7 @@ class Environment:
                 data, mtime_ns = file.read(), os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise UsageError(f"{path}: cannot read this file ({error.strerror}). Copy it again.") from error
-        source = index.relative_path(self.source, path), int(self.images.labels[i]), len(data), mtime_ns
+        source = index.make_entry_path(self.source, path), int(self.images.labels[i]), len(data), mtime_ns
         digest = hashlib.sha256(data).hexdigest()
         image, problem = decode_image(data)
         if image is None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from domainbed_hp.datasets.folder import FolderImages, find_images, print_build
 from domainbed_hp.datasets.loading.transforms import to_channels_first
-from domainbed_hp.datasets.prepared.index import ABOUT, About, list_sources, prepared_folder, read_about, read_index
+from domainbed_hp.datasets.prepared.index import ABOUT, About, get_prepared_folder, list_sources, read_about, read_index
 from domainbed_hp.datasets.spec import Dataset, DatasetSpec
 from domainbed_hp.files import sha256_of
 from domainbed_hp.registry import UsageError
@@ -39,9 +39,9 @@ class PreparedViews:
             # Mapped only where there is no pread: touched pages count as memory of the run, and grow with the data.
             self.mapped = None if hasattr(os, "pread") else np.memmap(path, np.uint8, "r")
         except OSError as error:
-            raise self._damaged(str(error.strerror)) from error
+            raise self._make_error(str(error.strerror)) from error
         if (size := os.fstat(self.file.fileno()).st_size) != end:
-            raise self._damaged(f"it has {size} bytes, expected {end}")
+            raise self._make_error(f"it has {size} bytes, expected {end}")
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -69,10 +69,10 @@ class PreparedViews:
             return self.mapped[offset : offset + size].tobytes()
         data = os.pread(self.file.fileno(), size, offset)
         if len(data) < size:
-            raise self._damaged(f"it ends at byte {offset + len(data)}, expected {size} from {offset}")
+            raise self._make_error(f"it ends at byte {offset + len(data)}, expected {size} from {offset}")
         return data
 
-    def _damaged(self, problem: str) -> UsageError:
+    def _make_error(self, problem: str) -> UsageError:
         return UsageError(f"{self.path} does not fit its index: {problem}. Copy it again, or run: {self.command}")
 
 
@@ -81,14 +81,13 @@ class Stale(Exception):
 
 
 def open_prepared(spec: DatasetSpec, data_dir: Path, preprocess: Preprocess) -> Dataset | None:
-    """Open the prepared images of `spec` for `preprocess`; None, with a line on stderr, where they are out of date.
+    """Open the prepared images of `spec` for `preprocess`; None, with a line on stderr, if they are out of date.
 
-    Names, sizes and modification times of the source are compared, as rsync does: neither this function nor `prepare`
-    notices a file that was overwritten by one of the same size and given its old time. Without a source folder nothing
-    is compared, so that a machine needs the prepared folder alone.
+    Names, sizes and modification times of the source are compared, as by rsync. Without a source folder nothing is
+    compared, so that a machine needs the prepared folder alone.
     """
     size, resize, interpolation = preprocess.size, preprocess.resize, preprocess.interpolation
-    folder = prepared_folder(spec, data_dir, size, resize, interpolation)
+    folder = get_prepared_folder(spec, data_dir, size, resize, interpolation)
     if not (folder / ABOUT).exists():
         return None
     words = ["--data_dir", str(data_dir), "--dataset", spec.name, "--image_size", str(size)]
@@ -128,9 +127,9 @@ def read_prepared(spec: DatasetSpec, root: Path, folder: Path, command: str) -> 
 
 
 def locate_views(index: Path, source: Path, images: FolderImages | None, changes: list[str]) -> np.ndarray:
-    """Return the `LOCATION` of every entry; add a line to `changes` for every file that differs from its entry.
+    """Return the `LOCATION` of every entry; add a line to `changes` for every file of `images` that differs from it.
 
-    Without `images`, the files in the folder `source`, nothing is compared.
+    `images` are the files in the folder `source`; without them nothing is compared.
     """
     current = {path: rest for path, *rest in list_sources(source, images)} if images else {}
     lines: dict[str, str] = {}
