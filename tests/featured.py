@@ -28,10 +28,10 @@ def args(folder: Path, data: Path, **settings: Any) -> RunArgs:
 def go(folder: Path, data: Path, **settings: Any) -> list[dict[str, Any]]:
     """A short run; its records, without what no two runs share."""
     train(args(folder, data, **settings))
-    found = list(records.read_records(folder))
-    for record in found:
+    result = list(records.read_records(folder))
+    for record in result:
         del record["step_time"], record["elapsed_s"], record["args"]
-    return found
+    return result
 
 
 def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
@@ -52,5 +52,5 @@ def computed(data: Path, **settings: Any) -> list[Any]:
     run = set_up_run(args(Path("not_written"), data, **settings))
     algorithm = build_algorithm(run.model_spec)
     with evaluation_mode(algorithm), ThreadPool(0) as workers:
-        found = feature_cache.load_features(run, algorithm, 16, workers)
-    return found or []
+        result = feature_cache.load_features(run, algorithm, 16, workers)
+    return result or []

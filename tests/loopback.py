@@ -28,7 +28,7 @@ class Reply:
     """The Content-Length that is claimed, where it is not the true one; so many bytes are sent at most."""
     ranges: bool = True
     conditions: bool = True
-    """Whether If-Range is heeded."""
+    """False: If-Range is ignored."""
     at_most: int | None = None
     """Bytes of a range that are sent, however many are asked for."""
     tag: str = '"1"'

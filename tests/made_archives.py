@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from pets import SPEC as PETS
 from PIL import Image
 
 from domainbed_hp.datasets.domain_net import DOMAIN_NET, DUPLICATES
@@ -110,11 +111,11 @@ def terra_incognita(folder: Path, url: str) -> DatasetSpec:
     part = -(-len(annotations) // len(ANNOTATIONS))
     notes = {}
     for k, name in enumerate(ANNOTATIONS):
-        mine = annotations[k * part : (k + 1) * part]
-        ids = {annotation["image_id"] for annotation in mine}
+        chosen = annotations[k * part : (k + 1) * part]
+        ids = {annotation["image_id"] for annotation in chosen}
         content = {
             "images": [image for image in images if image["id"] in ids],
-            "annotations": mine,
+            "annotations": chosen,
             "categories": categories,
             "info": {},
         }
@@ -154,12 +155,8 @@ def pets(folder: Path, url: str, images: int = 4, size: tuple[int, int] = (48, 4
         for name in names:
             archive.writestr(name, picture(name, size))
     counts = Counter(name.split("/")[1] for name in names)
-    return DatasetSpec(
-        name="Pets",
-        environments=("A", "B"),
-        num_classes=2,
-        class_names=("cat", "dog"),
-        folder="pets",
+    return replace(
+        PETS,
         domain_folders=("art", "book"),
         image_counts=(counts["art"], counts["book"]),
         licence="CC0",

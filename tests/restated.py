@@ -50,9 +50,9 @@ def restated(name, records):
             runs.setdefault(key, {}).setdefault(args["hparams_seed"], []).append(r)
     result = {}
     for key, by_seed in runs.items():
-        found = [best for run in by_seed.values() if (best := run_acc(run, key[3])) is not None]
-        if found:
-            result[key] = max(found, key=lambda best: best[:2])[1:]
+        candidates = [best for run in by_seed.values() if (best := run_acc(run, key[3])) is not None]
+        if candidates:
+            result[key] = max(candidates, key=lambda best: best[:2])[1:]
     return result
 
 

@@ -54,11 +54,11 @@ def without_blocks(text: str) -> str:
 
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
-    found: set[str] = set()
+    result: set[str] = set()
     for heading in re.findall(r"^#+ +(.+?) *$", without_blocks(text), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        found.add(next(name for i in range(99) if (name := f"{slug}-{i}" if i else slug) not in found))
-    return found
+        result.add(next(name for i in range(99) if (name := f"{slug}-{i}" if i else slug) not in result))
+    return result
 
 
 def broken_links(page: Path) -> list[str]:

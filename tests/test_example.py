@@ -51,9 +51,9 @@ def parameters(algorithm: Any, model: Any, grad: bool = False) -> list[tuple[tor
         for i, a in enumerate(attention)
     ]
     for i, a in enumerate(attention):
-        for mine, adapter in ((model.lora_q[i], a.adapters["q"]), (model.lora_v[i], a.adapters["v"])):
+        for lora, adapter in ((model.lora_q[i], a.adapters["q"]), (model.lora_v[i], a.adapters["v"])):
             for name in ("lora_A", "lora_B"):
-                theirs = getattr(mine, name)
+                theirs = getattr(lora, name)
                 pairs.append((getattr(adapter, name), theirs.grad if grad else theirs))
     trained = [p for p in algorithm.parameters() if p.requires_grad]
     assert {id(p) for p, _ in pairs} == {id(p) for p in trained}

@@ -57,8 +57,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def records_of(folder: Path) -> list[dict[str, object]]:
-    found = list(records.read_records(folder))
-    return [{k: v for k, v in r.items() if k not in ("step_time", "elapsed_s", "args")} for r in found]
+    lines = list(records.read_records(folder))
+    return [{k: v for k, v in r.items() if k not in ("step_time", "elapsed_s", "args")} for r in lines]
 
 
 SLOW = pytest.mark.slow
@@ -78,8 +78,8 @@ def test_a_full_disk_is_named_loses_nothing_and_the_run_goes_on_once_there_is_ro
         file.write(bytes(max(0, room)))
     with pytest.raises(Exception, match="No space left on device"):
         train(run)
-    kept = records_of(small_disk / "run")
-    assert kept == records_of(tmp_path / "whole")[: len(kept)]
+    whole_lines = records_of(small_disk / "run")
+    assert whole_lines == records_of(tmp_path / "whole")[: len(whole_lines)]
     assert run_dir.read_state(small_disk / "run") == run_dir.State.FAILED
     assert "No space left on device" in run_dir.read_failure(small_disk / "run")
     ballast.unlink()

@@ -44,7 +44,7 @@ def layer_of(module: str) -> str:
 
 def find_arrows() -> list[tuple[str, str, str]]:
     """(file, layer, imported module) for every import of the package by itself, also those inside of functions."""
-    found = []
+    arrows = []
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE.parent).with_suffix("")
         layer = layer_of(".".join(relative.parts))
@@ -54,12 +54,12 @@ def find_arrows() -> list[tuple[str, str, str]]:
                 modules = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
-            found += [(str(relative), layer, m) for m in modules if m.startswith("domainbed_hp.") and layer_of(m)]
-    return found
+            arrows += [(str(relative), layer, m) for m in modules if m.startswith("domainbed_hp.") and layer_of(m)]
+    return arrows
 
 
 def allowed(layer: str, module: str) -> bool:
-    """Whether a file of `layer` may import `module`: its own package, or what `BELOW` lists."""
+    """Return True if a file of `layer` may import `module`, which is in its own package or in what `BELOW` lists."""
     to = module.split(".", 1)[1]
     names = BELOW[layer] | {layer, layer.partition(".")[0], "registry", "seeds"}
     return any(to == name or to.startswith(f"{name}.") for name in names)

@@ -111,5 +111,5 @@ def test_no_rule_reads_the_images_that_are_trained_on(seed):
         for r in records
     ]
     assert sum(map(len, fast)) < sum(map(len, records))
-    made, again = (report.make_report(collected(each)) for each in (records, fast))
+    made, again = (report.make_report(collected(part)) for part in (records, fast))
     assert len(made.tables) >= 3 and text_formats.to_text(again) == text_formats.to_text(made)

@@ -8,7 +8,8 @@ import pytest
 import domainbed_hp
 
 PACKAGE = Path(domainbed_hp.__file__).parent
-FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
+TESTS = Path(__file__).parent
+FILES = [path for folder in (PACKAGE, TESTS) for path in sorted(folder.rglob("*.py"))]
 BANNED = {"keep", "kept", "told", "found", "each", "twice", "fewer", "alike", "beside", "bury", "elsewhere", "mine"}
 RIDDLES = {"What", "Whether", "Of", "Those", "Who"}
 FLAGS = {("run_args.py", "keep")}
@@ -16,7 +17,7 @@ FLAGS = {("run_args.py", "keep")}
 
 
 def find_names(node: ast.AST) -> list[str]:
-    """Names that a node gives to a function, a class, an argument, a variable or an attribute."""
+    """Return the names that a node gives to a function, a class, an argument, a variable or an attribute."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.arg):
@@ -28,11 +29,11 @@ def find_names(node: ast.AST) -> list[str]:
     return [node.asname] if isinstance(node, ast.alias) and node.asname else []
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_names_say_what_they_name(name: str) -> None:
-    nodes = list(ast.walk(ast.parse((PACKAGE / name).read_text())))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_names_say_what_they_name(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {n for node in nodes for n in find_names(node) if n.lower().strip("_") in BANNED}
-    assert {n for n in names if (name, n) not in FLAGS} == set()
+    assert {n for n in names if (path.name, n) not in FLAGS} == set()
     texts = [n.value.value for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
     firsts = {text.split()[0].strip(".,;:") for text in texts if isinstance(text, str) and text.split()}
     assert firsts & RIDDLES == set()

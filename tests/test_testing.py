@@ -160,6 +160,11 @@ class BatchStatistics(Linear):
         return super().predict(x - x.mean(0))
 
 
+class OrderMatters(Linear):
+    def predict(self, x: Any) -> Any:
+        return super().predict(x) * (1 + (x[0].sum() > x[-1].sum()))
+
+
 class RandomInEvaluation(Linear):
     def predict(self, x: Any) -> Any:
         return super().predict(F.dropout(x))
@@ -282,6 +287,7 @@ ALGORITHM_FAULTS = [
     (AlwaysThreeClasses, r"check_predict: got shape \(5, 3\), expected \(images, num_classes\), \(5, 2\)"),
     (PredictsNaN, "check_predict: got tensor.*expected finite logits"),
     (BatchStatistics, "check_predict_per_image: logits of single or reordered images are off by"),
+    (OrderMatters, "check_predict_per_image: logits of single or reordered images are off by"),
     (RandomInEvaluation, "check_predict_per_image: .*no random numbers"),
     (OwnRandomness, "check_seeds: the same seeds, .* give another network.2.weight. Draw from the global generators"),
     (PredictLearns, "check_.*: .*(give another|off by)"),

@@ -55,8 +55,8 @@ def test_an_mmd_is_each_parts_own_and_routed_in_each() -> None:
 
 
 def test_every_part_has_images_of_all() -> None:
-    found = [([len(x) for x, _ in part], share) for part, share in split_minibatches(batches(SIZES), 3)]
-    assert found == [([2, 2, 1], 5 / 12), ([2, 1, 1], 4 / 12), ([1, 1, 1], 3 / 12)]
+    parts = [([len(x) for x, _ in part], share) for part, share in split_minibatches(batches(SIZES), 3)]
+    assert parts == [([2, 2, 1], 5 / 12), ([2, 1, 1], 4 / 12), ([1, 1, 1], 3 / 12)]
     mini = {"clip_model": "mini", "clip_pretrained": "shapes"}
     with pytest.raises(UsageError, match="accumulate: got 5, expected at most batch_size, 4"):
         resolve_hparams("LoRA", "PACS", 0, 0, mini | {"accumulate": 5, "batch_size": 4})

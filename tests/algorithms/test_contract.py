@@ -1,4 +1,4 @@
-"""What every registered algorithm promises, under its own text side and under others, on the embedded CLIP."""
+"""The contract of every registered algorithm, under its own text side and under others."""
 
 import contextlib
 import re
@@ -50,47 +50,47 @@ def case(name: str, prompt: str) -> Case:
     return name, {"prompt": prompt, **SMALL.get(prompt, {})}
 
 
-def refusal(each: Case) -> str:
+def refusal(pair: Case) -> str:
     try:
-        resolve_hparams(each[0], "PACS", 0, 0, MINI | each[1])
+        resolve_hparams(pair[0], "PACS", 0, 0, MINI | pair[1])
     except UsageError as error:
         return str(error)
     return ""
 
 
-def prompt_of(each: Case) -> str:
-    prompt: str = each[1].get("prompt") or resolve_hparams(each[0], "PACS", 0, 0, MINI)["prompt"]
+def prompt_of(pair: Case) -> str:
+    prompt: str = pair[1].get("prompt") or resolve_hparams(pair[0], "PACS", 0, 0, MINI)["prompt"]
     return prompt
 
 
 MINI = {"clip_model": "mini", "clip_pretrained": "shapes"}
 OWN: list[Case] = [(name, {}) for name in ALGORITHMS]
 PAIRS = [case(*pair) for pair in product(IMAGE_SIDES, PROMPTS)]
-REFUSED = {each: why for each in product(IMAGE_SIDES, PROMPTS) if (why := refusal(case(*each)))}
-EVERY = OWN + [each for each in PAIRS if (each[0], prompt_of(each)) not in REFUSED]
+REFUSED = {pair: why for pair in product(IMAGE_SIDES, PROMPTS) if (why := refusal(case(*pair)))}
+EVERY = OWN + [pair for pair in PAIRS if (pair[0], prompt_of(pair)) not in REFUSED]
 
 
 def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
     """By default each algorithm with its own text side, and the covering pairs; all others are slow."""
     default = OWN + [case(*pair) for pair in COVERING]
-    marks = [() if each in default else (pytest.mark.slow,) for each in cases]
-    names = ["-".join([each[0], *filter(None, [each[1].get("prompt")])]) for each in cases]
-    params = [pytest.param(each, id=n, marks=m) for each, n, m in zip(cases, names, marks, strict=True)]
-    return pytest.mark.parametrize("each", params)
+    marks = [() if pair in default else (pytest.mark.slow,) for pair in cases]
+    names = ["-".join([pair[0], *filter(None, [pair[1].get("prompt")])]) for pair in cases]
+    params = [pytest.param(pair, id=n, marks=m) for pair, n, m in zip(cases, names, marks, strict=True)]
+    return pytest.mark.parametrize("pair", params)
 
 
 each_case = parametrized(EVERY)
 
 
-def build(each: Case, **kwargs: Any) -> Algorithm:
-    name, overrides = each
+def build(pair: Case, **kwargs: Any) -> Algorithm:
+    name, overrides = pair
     return make(name, **({"steps": 2} if name == "LPFT" else {}) | overrides | kwargs)
 
 
 def test_the_covering_pairs_cover_all_and_exist() -> None:
     assert {name for name, _ in COVERING} == set(IMAGE_SIDES)
-    assert {prompt_of(each) for each in EVERY if each[0] != "ERM"} == set(PROMPTS)
-    assert {prompt for _, prompt in COVERING} | {prompt_of(each) for each in OWN if each[0] != "ERM"} == set(PROMPTS)
+    assert {prompt_of(pair) for pair in EVERY if pair[0] != "ERM"} == set(PROMPTS)
+    assert {prompt for _, prompt in COVERING} | {prompt_of(pair) for pair in OWN if pair[0] != "ERM"} == set(PROMPTS)
     assert not set(COVERING) & set(REFUSED)
 
 
@@ -108,8 +108,8 @@ FEW = (2, 2, 2)
 
 
 @each_case
-def test_the_contract(each: Case) -> None:
-    check_algorithm(each[0], **TINY | ({"backbone": "clip"} if each[0] == "ERM" else {}) | each[1])
+def test_the_contract(pair: Case) -> None:
+    check_algorithm(pair[0], **TINY | ({"backbone": "clip"} if pair[0] == "ERM" else {}) | pair[1])
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def never_waiting() -> Iterator[None]:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_case
-def test_no_step_waits_for_the_gpu(each: Case) -> None:
-    algorithm = build(each).to("cuda")
+def test_no_step_waits_for_the_gpu(pair: Case) -> None:
+    algorithm = build(pair).to("cuda")
     minibatches = [(x.cuda(), y.cuda()) for x, y in batches(FEW)]
     algorithm.update(minibatches)  # what is made once may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -167,8 +167,8 @@ def test_no_step_waits_for_the_gpu(each: Case) -> None:
 
 
 @each_case
-def test_no_second_step_asks_for_a_value(each: Case) -> None:
-    algorithm = build(each)
+def test_no_second_step_asks_for_a_value(pair: Case) -> None:
+    algorithm = build(pair)
     for step in range(2):
         with never_waiting() if step else contextlib.nullcontext():  # what is made once may wait
             algorithm.update(batches(FEW, seed=step))
@@ -191,20 +191,20 @@ def test_dpl_as_released_depends_on_the_batch_and_says_so() -> None:
         assert not torch.allclose(algorithm.predict(x)[:4], algorithm.predict(x[:4]), atol=1e-4)
 
 
-@parametrized([each for each in EVERY if each[0] in STARTS_AS_ZERO_SHOT and prompt_of(each) in ZERO_SHOT_TEXT])
-def test_starts_as_the_zero_shot_model(each: Case) -> None:
-    a, b, x = build(each), make("ZeroShotCLIP"), images(4)
+@parametrized([pair for pair in EVERY if pair[0] in STARTS_AS_ZERO_SHOT and prompt_of(pair) in ZERO_SHOT_TEXT])
+def test_starts_as_the_zero_shot_model(pair: Case) -> None:
+    a, b, x = build(pair), make("ZeroShotCLIP"), images(4)
     torch.testing.assert_close(a.eval().predict(x) / a.logit_scale, b.predict(x) / b.logit_scale, atol=1e-6, rtol=0)
 
 
 @each_case
-def test_input_as_in_a_stock_domainbed_checkout(each: Case) -> None:
+def test_input_as_in_a_stock_domainbed_checkout(pair: Case) -> None:
     x = images(3)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = (x - mean[:, None, None]) / std[:, None, None]
-    plain, stock = build(each), build(each, input_norm="imagenet")
+    plain, stock = build(pair), build(pair, input_norm="imagenet")
     torch.testing.assert_close(stock.eval().predict(normalised), plain.eval().predict(x), atol=1e-3, rtol=1e-4)
-    if each in OWN:  # DomainBed's loop takes the mean of what is logged by NumPy, which tensors on a GPU refuse
+    if pair in OWN:  # DomainBed's loop takes the mean of what is logged by NumPy, which tensors on a GPU refuse
         assert all(isinstance(v, float) for v in stock.train().update(batches(FEW)).values())
 
 

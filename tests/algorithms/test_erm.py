@@ -98,4 +98,4 @@ def test_backbone_follows_the_data_set():
 def test_the_weights_it_says_it_starts_from():
     hparams = default_hparams("ERM", "PACS")
     terms = [ERM.describe_protocol(hparams | {"backbone": name}) for name in ("resnet18", "clip", "small")]
-    assert [each["weights"] for each in terms] == ["resnet18, imagenet", "ViT-B-16-quickgelu, openai", None]
+    assert [term["weights"] for term in terms] == ["resnet18, imagenet", "ViT-B-16-quickgelu, openai", None]

@@ -32,13 +32,13 @@ def double(weight: float = 1.0, **hparams: Any) -> HeadPurification:
 
 
 def gradients(algorithm: HeadPurification, minibatches: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """What `update` leaves on the gates and on the adapters."""
+    """Return the gradients of the gates and of the adapters after `update`."""
     algorithm.update(minibatches)
     return [p.grad.clone() for p in algorithm.gates], [p.grad.clone() for p in algorithm.adapters]
 
 
 def mmd_gradients(minibatches: list[Any], **hparams: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """What the MMD adds to the gradients of a real update."""
+    """Return the MMD's part of the gradients of a real update."""
     with_mmd, without = (gradients(double(w, **hparams), minibatches) for w in (1.0, 0.0))
     return tuple([a - b for a, b in zip(x, y, strict=True)] for x, y in zip(with_mmd, without, strict=True))
 
@@ -121,8 +121,8 @@ def test_local_reach_touches_no_other_layer(route: str) -> None:
     algorithm = double(mmd_reach="local", mmd_route=route)
     values, _ = terms(algorithm, minibatches, None)
     for layer, value in enumerate(values):
-        found = torch.autograd.grad(value, algorithm.gates, retain_graph=True, allow_unused=True)
-        touched = [g is not None and g.abs().max().item() > 0 for g in found]
+        grads = torch.autograd.grad(value, algorithm.gates, retain_graph=True, allow_unused=True)
+        touched = [g is not None and g.abs().max().item() > 0 for g in grads]
         assert touched == [i == layer for i in range(len(values))]
 
 
@@ -137,7 +137,7 @@ def test_backward_returns_the_two_losses() -> None:
 
 
 def moved(algorithm: HeadPurification, step: Any) -> tuple[bool, bool]:
-    """Whether `step` moves gates, adapters."""
+    """Return (gates moved, adapters moved) for a call of `step`."""
     before = [[p.detach().clone() for p in ps] for ps in (algorithm.gates, algorithm.adapters)]
     step()
     after = (algorithm.gates, algorithm.adapters)

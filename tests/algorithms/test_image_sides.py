@@ -1,4 +1,4 @@
-"""What sets each image side apart, against computations written out here."""
+"""The loss and the layers of each image side, against computations written out here."""
 
 import copy
 import math
@@ -232,18 +232,18 @@ def test_clipoods_defaults() -> None:
 
 
 def features(visual: Any, x: Tensor) -> list[np.ndarray]:
-    """What enters the first layer, and what leaves the last one of each quarter of 6 layers."""
-    found: list[np.ndarray] = []
+    """Return the input of the first of 6 layers, and the output of the last layer of each quarter."""
+    outputs: list[np.ndarray] = []
 
-    def keep(module: Any, inputs: Any, output: Tensor) -> None:
-        found.append(output.detach().numpy())
+    def record_output(module: Any, inputs: Any, output: Tensor) -> None:
+        outputs.append(output.detach().numpy())
 
     layers = [visual.ln_pre, *(visual.transformer.resblocks[i] for i in (1, 2, 4, 5))]
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    handles = [layer.register_forward_hook(record_output) for layer in layers]
     visual(x)
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("released", [False, True])

@@ -99,13 +99,13 @@ def both(updates: int, dtype: torch.dtype, n: int = 4, bf16: bool = False, **hpa
     algorithm = make("HeadPurification", steps=50, lr=1e-3, **hparams)
     randomize(algorithm)
     algorithm = algorithm.to(dtype)
-    plain, found = Plain(algorithm, 50), ([], [])
+    plain, logged = Plain(algorithm, 50), ([], [])
     for step in range(updates):
         minibatches = batches((n, 3, n), seed=step, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-            found[0].append([float(value) for value in algorithm.update(minibatches).values()])
-        found[1].append(list(plain.update(minibatches).values()))
-    return [torch.tensor(losses, dtype=torch.float64) for losses in found]
+            logged[0].append([float(value) for value in algorithm.update(minibatches).values()])
+        logged[1].append(list(plain.update(minibatches).values()))
+    return [torch.tensor(losses, dtype=torch.float64) for losses in logged]
 
 
 @pytest.mark.parametrize("reach", ["local", pytest.param("global", marks=pytest.mark.slow)])

@@ -31,7 +31,7 @@ def sizes(count: int, height: int, width: int) -> np.ndarray:
     return np.array([[height, width]] * count)
 
 
-def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
+def nearly_equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
     """Kolmogorov-Smirnov at a level of 1 in 1,000: whether both samples can be of one distribution."""
     both = np.sort(np.concatenate([ours, theirs]))
     gap = [np.searchsorted(np.sort(sample), both, side="right") / len(sample) for sample in (ours, theirs)]
@@ -134,7 +134,7 @@ def test_crops_and_flips_are_distributed_as_torchvisions(crops):
     )
     theirs = torch.stack([transform(transforms.ToPILImage()(image)) for _ in range(count)])
     for a, b in zip(boxes_of_gradients(ours).T, boxes_of_gradients(theirs).T, strict=True):
-        assert alike(a, b)
+        assert nearly_equal(a, b)
 
 
 def colours(x: Tensor) -> np.ndarray:
@@ -171,7 +171,7 @@ def test_colours_are_distributed_as_torchvisions():
     for name, a, b in zip(
         ("brightness", "contrast", "saturation", "hue", "grey"), colours(ours).T, colours(theirs).T, strict=True
     ):
-        assert alike(a, b), name
+        assert nearly_equal(a, b), name
     assert 0.07 < colours(ours)[:, 4].mean() < 0.13
 
 

@@ -376,15 +376,15 @@ def test_the_wrong_archive_says_what_it_holds(spec, server, shelf, data):
     said = "no folder of the archives holds art, book. They hold:\n  animals/art\n  ani"
     with pytest.raises(UsageError, match=said) as caught:
         download(spec, data)
-    kept = f"\nThe archives remain in {data / '.downloads' / 'pets'}; remove them to fetch them again."
-    assert str(caught.value).endswith(kept)
+    advice = f"\nThe archives remain in {data / '.downloads' / 'pets'}; remove them to fetch them again."
+    assert str(caught.value).endswith(advice)
 
     def arrange(_):
         raise UsageError("Pets: no annotations")
 
     with pytest.raises(UsageError) as caught:
         download(replace(spec, arrange=arrange), data)
-    assert str(caught.value) == f"Pets: no annotations{kept}"
+    assert str(caught.value) == f"Pets: no annotations{advice}"
 
 
 def test_what_does_not_belong_there_is_left_out(spec, server, shelf, data):

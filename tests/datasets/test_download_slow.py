@@ -68,7 +68,7 @@ def served(server, digest=""):
 
 
 def same(one, other):
-    """Whether two folders hold the same files, byte for byte."""
+    """Return True if two folders hold the same files, byte for byte."""
     compared = filecmp.dircmp(one, other, ignore=[])
     if compared.left_only or compared.right_only or compared.funny_files:
         return False

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import shutil
 import subprocess
@@ -228,15 +229,22 @@ def test_other_bytes_than_the_digest_says(server, folder):
     get(server, folder, hashlib.sha256(server.files["/x.zip"]).hexdigest())
 
 
-def killed(*_, **__):
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def killed_while_hashing(monkeypatch):
+    """Expect a kill, which arrives when a file is hashed."""
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hashlib, "file_digest", kill)
+        patch.setattr("pooch.hashes.file_hash", kill)
+        yield
 
 
 def test_a_kill_while_a_download_is_hashed_costs_nothing(server, folder, monkeypatch):
     digest = hashlib.sha256(server.files["/x.zip"]).hexdigest()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hashlib, "file_digest", killed)
-        patch.setattr("pooch.hashes.file_hash", killed)
+    with killed_while_hashing(monkeypatch):
         get(server, folder, digest)
     assert get(server, folder, digest) == ["", f"bytes={len(server.files['/x.zip'])}-"]
     assert [path.name for path in folder.iterdir()] == [next(folder.glob("*-x.zip")).name]
@@ -337,9 +345,7 @@ def test_drive_drops_and_is_taken_up(drive, folder):
 
 def test_a_kill_while_a_file_from_drive_is_hashed_costs_nothing(drive, folder, monkeypatch):
     digest = hashlib.sha256(drive.files["/x.zip"]).hexdigest()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hashlib, "file_digest", killed)
-        patch.setattr("pooch.hashes.file_hash", killed)
+    with killed_while_hashing(monkeypatch):
         get_drive(drive, folder, digest)
     drive.requests.clear()
     assert get_drive(drive, folder, digest) == []

@@ -41,7 +41,7 @@ def identities(folder):
 
 
 def fresh(data_dir, tmp_path, **options):
-    """What an undisturbed run writes."""
+    """Return the contents of the files that an undisturbed run writes."""
     copy = tmp_path / "elsewhere"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
@@ -462,7 +462,7 @@ def command(data_dir, *more):
 
 @pytest.mark.slow
 def test_killed_at_any_moment(shared_data, tmp_path):
-    """Of every other run the folder was there, and its source had changed since."""
+    """Every second run starts with a prepared folder whose source has changed since."""
     data_dir = link_pacs(shared_data, tmp_path, ("photo", "sketch"), per_class=100)
     folder, before = data_dir / "prepared" / "pets-64-crop-bicubic", data_dir / "before"
     moved = [min((data_dir / "pets" / domain / "dog").iterdir()) for domain in ("photo", "sketch")]

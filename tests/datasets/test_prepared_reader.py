@@ -31,7 +31,7 @@ def counts(dataset):
 
 
 def same(spec, data_dir, how, step=1):
-    """Whether prepared views equal those that are made at each access; the number compared."""
+    """Check that prepared views equal decoded ones. Return the number of images compared."""
     prepared = open_prepared(spec, data_dir, how)
     names, folders = read_folder(spec, data_dir)
     assert prepared.class_names == names and counts(prepared) == tuple(map(len, folders))
@@ -78,8 +78,8 @@ def test_by_any_number_of_threads(pets):
     once = [(views.load_training_view(i), views.load_evaluation_view(i)) for i in range(9)]
     order = np.random.default_rng(0).integers(0, 9, 2000).tolist()
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: (views.load_training_view(i), views.load_evaluation_view(i)), order))
-    for i, pair in zip(order, found, strict=True):
+        pairs = list(pool.map(lambda i: (views.load_training_view(i), views.load_evaluation_view(i)), order))
+    for i, pair in zip(order, pairs, strict=True):
         assert all(map(np.array_equal, pair, once[i]))
 
 

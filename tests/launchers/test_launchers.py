@@ -295,17 +295,17 @@ def test_never_two_jobs_on_one_gpu(tmp_path: Path, two_gpus: None) -> None:
 def test_a_second_job_on_a_gpu_after_one_on_each(tmp_path: Path, two_gpus: None) -> None:
     names = [tmp_path / name for name in "abc"]
     pairs = zip(names, names[1:] + names[:1], strict=True)
-    commands = [child(MEET, tmp_path / str(i), mine, other) for i, (mine, other) in enumerate(pairs)]
+    commands = [child(MEET, tmp_path / str(i), own, other) for i, (own, other) in enumerate(pairs)]
     assert multi_gpu.launch(commands, jobs_per_gpu=2) == [0, 0, 0]
     assert [name.read_text() for name in names] == ["10", "1GPU-5e", "10"]
 
 
 @pytest.mark.parametrize(
-    ("visible", "found"), [("1", ["1"]), ("3,1", ["3", "1"]), ("MIG-a/b, 0", ["MIG-a/b", "0"]), ("0,-1,1", ["0"])]
+    ("visible", "gpus"), [("1", ["1"]), ("3,1", ["3", "1"]), ("MIG-a/b, 0", ["MIG-a/b", "0"]), ("0,-1,1", ["0"])]
 )
-def test_visible_gpus(visible: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_gpus(visible: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert multi_gpu.find_gpus() == found
+    assert multi_gpu.find_gpus() == gpus
 
 
 @pytest.mark.parametrize("visible", ["", "-1", ",0"])

@@ -106,9 +106,9 @@ def cluster() -> Iterator[None]:
 def free_ports() -> list[int]:
     """Two ports that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
     return ports
 
 
@@ -118,10 +118,10 @@ def asked(*command: str) -> str:
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
-    return found
+    return value
 
 
 def job(folder: Path, code: str = "") -> list[str]:

@@ -53,16 +53,16 @@ def test_exported_folder_gives_the_same_logits(tmp_path: Path, algorithm: str, h
     randomize(model)
     if algorithm == "FineTuneCLIP":
         model.update([(images(4), torch.tensor([0, 1, 2, 0]))])
-    told = {k: v for k, v in model.hparams.items() if k != "class_names"}
-    recipe = ModelSpec(algorithm, told, 1, 64, tuple(model.hparams["class_names"]), 3)
+    hparams = {k: v for k, v in model.hparams.items() if k != "class_names"}
+    recipe = ModelSpec(algorithm, hparams, 1, 64, tuple(model.hparams["class_names"]), 3)
     (tmp_path / "run").mkdir()
     save_model(tmp_path / "run" / "model.safetensors", model, recipe)
     assert run(export, [str(tmp_path / "run"), str(tmp_path / "clip")]) == 0
 
     expected = model.eval().predict(images(3)).detach()
     prompts = make_prompts(recipe.class_names)
-    found = logits_of_stock_open_clip(tmp_path / "clip", images(3), prompts)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    logits = logits_of_stock_open_clip(tmp_path / "clip", images(3), prompts)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert (zero_shot - expected).abs().max() > 1e-2
 
 
@@ -98,8 +98,8 @@ def test_vit_b_16_from_a_checkpoint_file_to_stock_open_clip(tmp_path: Path, shar
     with torch.no_grad():
         expected = algorithm.predict(x)
         start = make("ZeroShotCLIP", clip_model="ViT-B-16-quickgelu", clip_pretrained=str(tmp_path / "clip.pt"))
-    found = logits_of_stock_open_clip(tmp_path / "exported", x, make_prompts(recipe.class_names))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    logits = logits_of_stock_open_clip(tmp_path / "exported", x, make_prompts(recipe.class_names))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     moved = algorithm.tower.merge()["visual.transformer.resblocks.11.attn.in_proj_weight"]
     assert not torch.equal(moved, start.tower.merge()["visual.transformer.resblocks.11.attn.in_proj_weight"])
 

@@ -138,7 +138,7 @@ def test_gates() -> None:
 
 
 def test_gradients_of_the_gated_projection() -> None:
-    """Of all its inputs, though nothing here trains W_o under gates."""
+    """All inputs have the right gradients, also W_o, which no method trains under gates."""
     torch.manual_seed(0)
     shapes = ((2, 3, 2, 4), (2,), (8, 8), (8,))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

@@ -157,10 +157,10 @@ def test_coop_reads_start_vectors_name_end(stock: Any) -> None:
 @torch.no_grad()
 def test_text_features_are_kept_while_nothing_changes() -> None:
     text = mini("coop")
-    kept = text.compute_class_features(unit_features(2))
-    assert text.compute_class_features(unit_features(5)) is kept
+    cached = text.compute_class_features(unit_features(2))
+    assert text.compute_class_features(unit_features(5)) is cached
     text.context.add_(1)
-    assert not torch.equal(text.compute_class_features(unit_features(2)), kept)
+    assert not torch.equal(text.compute_class_features(unit_features(2)), cached)
     assert mini("cocoop").compute_class_features(unit_features(5)).shape == (5, 3, 128)
 
 

@@ -30,8 +30,8 @@ def small(prompt: str, algorithm: str = "ZeroShotCLIP", seed: int = 0, **hparams
 
 def features(algorithm: Any) -> Tensor:
     """The class features, fitted if need be."""
-    found: Tensor = algorithm.text.encode(torch.zeros(1, algorithm.tower.embed_dim), None)
-    return found
+    result: Tensor = algorithm.text.encode(torch.zeros(1, algorithm.tower.embed_dim), None)
+    return result
 
 
 def no_fit(self: TextOnly) -> Tensor:
@@ -191,13 +191,13 @@ def test_styles_one_after_another_by_both_losses() -> None:
 
 
 def test_styles_move_apart() -> None:
-    def alike(steps: int) -> float:
+    def similarity(steps: int) -> float:
         text = small("promptstyler", styler_styles=4, styler_steps=steps, styler_lr=0.02).text
         torch.manual_seed(0)
         styles = text.learn_styles()[:, 0]
         return float((styles @ styles.T).triu(1).abs().sum() / 6)
 
-    assert alike(15) < 0.7 * alike(0)
+    assert similarity(15) < 0.7 * similarity(0)
 
 
 def test_classifier_takes_one_step_as_written_out() -> None:

@@ -24,8 +24,8 @@ def first(records, a="LoRA", b="ERM"):
 
 
 def test_differences_are_paired_and_averaged_over_environments():
-    found = first(paired([[0.01, 0.03], [0.02, 0.04], [0.0, 0.0], [-0.04, -0.02]]))
-    assert [(d.where, round(d.mean, 9), d.n) for d in found.differences] == [
+    result = first(paired([[0.01, 0.03], [0.02, 0.04], [0.0, 0.0], [-0.04, -0.02]]))
+    assert [(d.where, round(d.mean, 9), d.n) for d in result.differences] == [
         *(("A", 2.0, 2), ("C", 3.0, 2), ("P", 0.0, 2), ("S", -3.0, 2), ("all", 0.5, 8))
     ]
 
@@ -33,12 +33,12 @@ def test_differences_are_paired_and_averaged_over_environments():
 def test_p_is_that_of_all_sign_flips():
     rng = np.random.default_rng(0)
     gains = rng.normal(0.02, 0.02, (2, 5))
-    found = first(paired(gains))
+    result = first(paired(gains))
     for i in range(2):
         flips = np.array(list(product((-1, 1), repeat=5))) * gains[i]
         upper = (flips.mean(1) >= gains[i].mean() - 1e-12).mean()
         lower = (flips.mean(1) <= gains[i].mean() + 1e-12).mean()
-        assert found.differences[i].p == pytest.approx(min(1, 2 * min(upper, lower)))
+        assert result.differences[i].p == pytest.approx(min(1, 2 * min(upper, lower)))
 
 
 def test_the_interval_is_around_the_mean_and_narrows_with_trials():
@@ -52,15 +52,15 @@ def test_the_interval_is_around_the_mean_and_narrows_with_trials():
 
 
 def test_the_interval_makes_up_for_few_trials():
-    """Of gains 0 and 2, the outermost resamples: a deviation of 1, stretched by sqrt(2)."""
-    found = first(paired([[0.0, 0.02]])).differences[0]
-    assert (found.low, found.high) == pytest.approx((1 - 2**0.5, 1 + 2**0.5))
+    """Gains of 0 and 2: the outermost resamples deviate by 1, which the correction multiplies by sqrt(2)."""
+    result = first(paired([[0.0, 0.02]])).differences[0]
+    assert (result.low, result.high) == pytest.approx((1 - 2**0.5, 1 + 2**0.5))
 
 
 def test_equal_rows_do_not_differ():
-    found = first(paired([[0.0] * 6, [0.0] * 6]))
-    assert [(d.mean, d.p, d.low, d.high) for d in found.differences] == [(0, 1, 0, 0)] * 3
-    assert not found.list_warnings()
+    result = first(paired([[0.0] * 6, [0.0] * 6]))
+    assert [(d.mean, d.p, d.low, d.high) for d in result.differences] == [(0, 1, 0, 0)] * 3
+    assert not result.list_warnings()
 
 
 def test_too_few_trials_are_a_warning_and_a_single_one_tells_nothing():
@@ -76,37 +76,37 @@ def test_too_few_trials_are_a_warning_and_a_single_one_tells_nothing():
 
 
 def test_each_number_of_trials_has_a_warning_of_its_own():
-    found = first(paired([[0.01], [0.01, 0.02, 0.01, 0.02]]))
-    assert [line.split(": ")[0] for line in found.list_warnings()] == ["PACS, A", "PACS, C", "PACS, all"]
-    assert found.differences[2].p is not None and found.differences[2].low is None
+    result = first(paired([[0.01], [0.01, 0.02, 0.01, 0.02]]))
+    assert [line.split(": ")[0] for line in result.list_warnings()] == ["PACS, A", "PACS, C", "PACS, all"]
+    assert result.differences[2].p is not None and result.differences[2].low is None
 
 
 def test_the_mean_of_all_is_that_of_the_environments_whatever_their_trials():
     gains = [[0.10, 0.12], [0.01, 0.02, 0.03, -0.01, 0.0]]
-    found = first(paired(gains)).differences[2]
-    assert found.mean == pytest.approx(100 * (0.11 + 0.01) / 2)
-    assert found.low < found.mean < found.high
+    result = first(paired(gains)).differences[2]
+    assert result.mean == pytest.approx(100 * (0.11 + 0.01) / 2)
+    assert result.low < result.mean < result.high
     flat = np.array([g for of_env in gains for g in of_env])
     weights = np.array([1 / 4] * 2 + [1 / 10] * 5)
     flips = (np.array(list(product((-1, 1), repeat=7))) * flat * weights).sum(1)
-    assert found.p == pytest.approx(min(1, 2 * (flips >= (flat * weights).sum() - 1e-12).mean()))
+    assert result.p == pytest.approx(min(1, 2 * (flips >= (flat * weights).sum() - 1e-12).mean()))
 
 
 def test_a_data_set_that_only_one_of_them_ran_on_is_left_out():
     records = paired([[0.01] * 6]) + [record(0, 0.5, dataset="VLCS", algorithm="ERM")]
-    assert {found.dataset for found in compare_rows(frame(records), "LoRA", "ERM")} == {"PACS"}
+    assert {result.dataset for result in compare_rows(frame(records), "LoRA", "ERM")} == {"PACS"}
 
 
 def test_pairs_with_nan_are_left_out_and_said():
     records = paired([[0.01] * 7])
     records[1]["env0_in_acc"] = float("nan")
-    found = first(records)
-    assert found.differences[0].n == 6 and found.list_warnings() == ["PACS: 1 pairs hold NaN and are left out"]
+    result = first(records)
+    assert result.differences[0].n == 6 and result.list_warnings() == ["PACS: 1 pairs hold NaN and are left out"]
 
 
 @pytest.mark.slow
 def test_the_interval_holds_what_it_says():
-    """Of normal gains around nothing, nearly 95 % with ten trials in each of two environments."""
+    """Normal gains around 0, ten trials in each of two environments: nearly 95 % of the intervals hold 0."""
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(60):
@@ -131,11 +131,11 @@ def test_text_shows_every_environment():
 
 
 def test_rows_that_cannot_be_compared():
-    found = frame(paired([[0.01]]))
+    result = frame(paired([[0.01]]))
     with pytest.raises(UsageError, match="unknown row 'Lora'. Did you mean 'LoRA'"):
-        compare_rows(found, "Lora", "ERM")
+        compare_rows(result, "Lora", "ERM")
     with pytest.raises(UsageError, match="with itself"):
-        compare_rows(found, "ERM", "ERM")
+        compare_rows(result, "ERM", "ERM")
     apart = frame([record(0, 0.5), record(1, 0.5, algorithm="LoRA")])
     with pytest.raises(UsageError, match="nothing to pair"):
         compare_rows(apart, "ERM", "LoRA")

@@ -45,8 +45,8 @@ def test_bands_are_one_standard_deviation():
 
 def test_names_are_no_formulas():
     records = [record(env, 0.5, label="ERM, cost $a$ $b_$") for env in range(4)]
-    found = collected(records)
-    for figure in figures.draw_figures(found, tables.build_tables(found, IIDAccuracy)).values():
+    runs = collected(records)
+    for figure in figures.draw_figures(runs, tables.build_tables(runs, IIDAccuracy)).values():
         figure.draw_without_rendering()
 
 
@@ -60,8 +60,8 @@ def test_every_method_has_its_training_loss():
 
 def test_the_legend_of_many_rows_covers_no_axes():
     names = [f"LoRA, variant {i} of a long name" for i in range(28)]
-    found = collected([record(env, 0.5, algorithm="LoRA", label=name) for name in names for env in range(4)])
-    drawn = figures.draw_figures(found, tables.build_tables(found, IIDAccuracy))
+    runs = collected([record(env, 0.5, algorithm="LoRA", label=name) for name in names for env in range(4)])
+    drawn = figures.draw_figures(runs, tables.build_tables(runs, IIDAccuracy))
     assert set(drawn) == {"PACS-accuracy", "PACS-curves", "PACS-selection"}
     for figure in drawn.values():
         figure.draw_without_rendering()
@@ -71,8 +71,8 @@ def test_the_legend_of_many_rows_covers_no_axes():
 
 
 def test_curves_are_means_by_step():
-    found = collected(sweep())
-    axes = figures.draw_curves(found.frame, "PACS", ["ERM", "LoRA"]).axes
+    runs = collected(sweep())
+    axes = figures.draw_curves(runs.frame, "PACS", ["ERM", "LoRA"]).axes
     assert [axis.get_title() for axis in axes] == ["training loss", "validation accuracy (%)", "target accuracy (%)"]
     assert np.allclose([line.get_ydata() for line in axes[1].lines], [[50, 40, 30, 20], [50, 60, 70, 80]])
     assert np.allclose([line.get_ydata() for line in axes[2].lines], [[60, 50, 40, 30], [60, 70, 80, 90]])
@@ -123,16 +123,16 @@ FIRST, SECOND, THIRD = ([[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], [[0.
 )
 def test_gates_are_those_of_the_chosen_record_or_else_the_last(tmp_path, method, gates, step):
     """Hard gates, a share of 0.5 of the heads: what is drawn is what the record says, 0 or 1."""
-    found = gated(tmp_path, *zip((0.1, 0.9, 0.5), gates, strict=True))
-    drawn = figures.draw_figures(found, tables.build_tables(found, method), notes=(notes := []))
+    runs = gated(tmp_path, *zip((0.1, 0.9, 0.5), gates, strict=True))
+    drawn = figures.draw_figures(runs, tables.build_tables(runs, method), notes=(notes := []))
     axis = drawn["PACS-gates-HeadPurification-env0"].axes[0]
     assert axis.images[0].get_array().tolist() == gates[step] and notes == []
     assert axis.get_title() == f"HeadPurification on PACS, test environment 0, trial 0, step {step}"
 
 
 def test_a_run_with_gates_whose_records_have_none_is_said(tmp_path):
-    found = gated(tmp_path, (0.5, None))
-    drawn = figures.draw_figures(found, tables.build_tables(found, IIDAccuracy), notes=(notes := []))
+    runs = gated(tmp_path, (0.5, None))
+    drawn = figures.draw_figures(runs, tables.build_tables(runs, IIDAccuracy), notes=(notes := []))
     assert not any("gates" in name for name in drawn)
     assert [note.endswith(f"(made by an earlier version): {tmp_path / 'run'}") for note in notes] == [True]
 

@@ -17,7 +17,7 @@ from domainbed_hp.scripts.collect_results import main
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """Of three rows, one of them without its last trial, and a sweep with a failed job."""
+    """The page of three rows, one of them without its last trial, and of a sweep with a failed job."""
     for name, acc in (("ERM", 0.5), ("LoRA", 0.7), ("ZeroShotCLIP", 0.6), ("<b>Mine</b>", 0.1)):
         for env in range(4):
             for trial in range(2):
@@ -74,9 +74,9 @@ def browser() -> Iterator[Any]:
         options.add_argument(flag)
     options.add_argument("--window-size=1300,1800")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield found
-    found.quit()
+    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
 
 
 ROWS = "return [...document.querySelectorAll('.method:not([hidden]) table')[0].tBodies[0].rows]"

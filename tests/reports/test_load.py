@@ -20,12 +20,12 @@ def test_nested_runs_are_found_in_sorted_order_once(tmp_path):
     for name in ("b/run", "a/deep/run", "c"):
         write(tmp_path / name, minimal(), minimal())
     (tmp_path / "c" / "up").symlink_to(tmp_path)
-    elsewhere = tmp_path.with_name("elsewhere")
-    write(elsewhere / "run", minimal())
-    (tmp_path / "d").symlink_to(elsewhere)
-    found = load_runs(tmp_path)
-    assert [os.path.relpath(run.folder, tmp_path) for run in found.runs] == ["a/deep/run", "b/run", "c", "d/run"]
-    assert found.frame["run"].tolist() == [0, 0, 1, 1, 2, 2, 3]
+    other_folder = tmp_path.with_name("elsewhere")
+    write(other_folder / "run", minimal())
+    (tmp_path / "d").symlink_to(other_folder)
+    result = load_runs(tmp_path)
+    assert [os.path.relpath(run.folder, tmp_path) for run in result.runs] == ["a/deep/run", "b/run", "c", "d/run"]
+    assert result.frame["run"].tolist() == [0, 0, 1, 1, 2, 2, 3]
 
 
 def test_what_is_not_a_readable_folder_is_refused(tmp_path):
@@ -50,16 +50,16 @@ def test_a_minimal_record():
 
 
 def test_numbers_that_some_records_lack_are_nan():
-    found = frame([minimal(), minimal() | {"loss": 2, "step": 1}, minimal() | {"step": 2}])
-    assert found["loss"].tolist()[1] == 2 and np.isnan(found["loss"].to_numpy()[[0, 2]]).all()
-    assert found["step"].tolist() == [0, 1, 2]
+    result = frame([minimal(), minimal() | {"loss": 2, "step": 1}, minimal() | {"step": 2}])
+    assert result["loss"].tolist()[1] == 2 and np.isnan(result["loss"].to_numpy()[[0, 2]]).all()
+    assert result["step"].tolist() == [0, 1, 2]
 
 
 def test_the_label_is_the_row_and_environments_are_counted_without_a_gap():
-    found = frame([minimal(label="ERM, frozen") | {"env4_out_acc": 0.5, "done": True}])
-    assert found["row"].tolist() == ["ERM, frozen"]
-    assert found["num_envs"].tolist() == [3]
-    assert "done" not in found
+    result = frame([minimal(label="ERM, frozen") | {"env4_out_acc": 0.5, "done": True}])
+    assert result["row"].tolist() == ["ERM, frozen"]
+    assert result["num_envs"].tolist() == [3]
+    assert "done" not in result
 
 
 @pytest.mark.parametrize("key", ["step", "args", "env0_in_acc", "env0_out_acc"])
@@ -77,10 +77,10 @@ def test_torn_lines_empty_files_and_nan_are_told(tmp_path):
     with open(tmp_path / "a" / "results.jsonl", "ab") as file:
         file.write(b'{"args": {"algor\n\n12\n\xff\xfe')
     write(tmp_path / "b")
-    found = load_runs(tmp_path)
-    assert len(found.frame) == 2 and np.isnan(found.frame["env0_in_acc"][1])
+    result = load_runs(tmp_path)
+    assert len(result.frame) == 2 and np.isnan(result.frame["env0_in_acc"][1])
     a, b = (tmp_path / name / "results.jsonl" for name in "ab")
-    assert found.notes == [
+    assert result.notes == [
         *(f"{a}: line {number} is not a whole record (cut off?) and is left out" for number in (3, 5, 6)),
         f"{a}: 1 records hold NaN; a NaN validation accuracy ranks below every other",
         f"{b} is empty",
@@ -94,12 +94,12 @@ def test_a_second_run_in_a_file_is_a_run_of_its_own(tmp_path):
 
 def test_a_record_names_its_loader_only_in_older_versions():
     assert rows(minimal(), minimal(trial_seed=1, loader="batched")) == ["ERM", "ERM"]
-    told = [f"ERM (loader={name})" for name in ("batched", "reference")]
-    assert rows(minimal(), minimal(trial_seed=1, loader="reference")) == told
+    expected = [f"ERM (loader={name})" for name in ("batched", "reference")]
+    assert rows(minimal(), minimal(trial_seed=1, loader="reference")) == expected
 
 
 @pytest.mark.parametrize(
-    ("key", "one", "other", "told"),
+    ("key", "one", "other", "expected"),
     [
         ("hparams", None, '{"lr": 0.1}', ("lr=default", "lr=0.1")),
         ("hparams", '{"lr": 0.2}', '{"lr": 0.1}', ("lr=0.2", "lr=0.1")),
@@ -113,17 +113,17 @@ def test_a_record_names_its_loader_only_in_older_versions():
         ("loader", "batched", "reference", ("loader=batched", "loader=reference")),
     ],
 )
-def test_runs_of_different_protocols_are_rows_of_their_own(key, one, other, told):
-    found = collected(
+def test_runs_of_different_protocols_are_rows_of_their_own(key, one, other, expected):
+    result = collected(
         [minimal(**{key: one}), minimal(trial_seed=1, **{key: other}), minimal(trial_seed=2, **{key: one})]
     )
-    assert [run.row for run in found.runs] == [f"ERM ({told[i]})" for i in (0, 1, 0)]
-    assert found.frame["row"].tolist() == [run.row for run in found.runs]
-    name = told[0].partition("=")[0]
-    (note,) = found.notes
+    assert [run.row for run in result.runs] == [f"ERM ({expected[i]})" for i in (0, 1, 0)]
+    assert result.frame["row"].tolist() == [run.row for run in result.runs]
+    name = expected[0].partition("=")[0]
+    (note,) = result.notes
     assert note == (
         f"runs of 'ERM' on PACS differ in {name}, so each value has its own row: "
-        f"'ERM ({told[0]})' (2 runs), 'ERM ({told[1]})' (1 runs)"
+        f"'ERM ({expected[0]})' (2 runs), 'ERM ({expected[1]})' (1 runs)"
     )
 
 
@@ -142,16 +142,16 @@ def test_weights_and_image_size_are_part_of_the_protocol():
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "told"),
+    ("one", "other", "expected"),
     [
         ({"backbone": "resnet50"}, {"backbone": "clip"}, ["backbone=resnet50", "backbone=clip"]),
         ({"lr": 1}, {"clip_model": "B"}, ["clip_model=none", "clip_model=B"]),
         ({}, {"clip_model": "B"}, []),
     ],
 )
-def test_a_run_without_pretrained_weights_is_no_run_with_them(one, other, told):
-    found = rows(minimal() | {"hparams": one}, minimal(trial_seed=1) | {"hparams": other})
-    assert found == [f"ERM ({words})" for words in told] or (not told and found == ["ERM", "ERM"])
+def test_a_run_without_pretrained_weights_is_no_run_with_them(one, other, expected):
+    result = rows(minimal() | {"hparams": one}, minimal(trial_seed=1) | {"hparams": other})
+    assert result == [f"ERM ({words})" for words in expected] or (not expected and result == ["ERM", "ERM"])
 
 
 def test_an_override_of_weights_that_is_what_others_have_anyway_is_no_other_protocol():
@@ -174,9 +174,9 @@ def test_planned_jobs_leave_out_defaults_and_share_the_row_all_the_same(tmp_path
         write(job.folder, {"args": written, "hparams": {"clip_model": "B"}, "step": 0, **accs})
     shutil.rmtree(jobs[2].folder)
     launched(tmp_path / "b", [{**args, "steps": 9, "hparams": '{"lr": 1}'}])
-    found = load_runs(tmp_path)
-    assert [run.row for run in found.runs] == ["LoRA (steps=default, lr=default)"] * 2 + ["LoRA (steps=9, lr=1)"]
-    assert [plan.row for plan in found.planned] == ["LoRA (steps=default, lr=default)"] * 3 + ["LoRA (steps=9, lr=1)"]
+    result = load_runs(tmp_path)
+    assert [run.row for run in result.runs] == ["LoRA (steps=default, lr=default)"] * 2 + ["LoRA (steps=9, lr=1)"]
+    assert [plan.row for plan in result.planned] == ["LoRA (steps=default, lr=default)"] * 3 + ["LoRA (steps=9, lr=1)"]
 
 
 @pytest.mark.parametrize("copy", ["folder", "lines"])
@@ -193,8 +193,8 @@ def test_a_run_that_is_there_twice_is_said(tmp_path, copy):
 
 
 def test_a_run_that_was_resumed_under_other_versions_has_both(tmp_path):
-    told = [{"commit": name} for name in "aab"]
-    write(tmp_path / "run", *[minimal() | {"step": i, "versions": v} for i, v in enumerate(told)])
+    versions = [{"commit": name} for name in "aab"]
+    write(tmp_path / "run", *[minimal() | {"step": i, "versions": v} for i, v in enumerate(versions)])
     assert load_runs(tmp_path).runs[0].versions == [{"commit": "a"}, {"commit": "b"}]
 
 
@@ -217,17 +217,17 @@ def test_two_algorithms_under_one_label_are_told_apart():
     ],
 )
 def test_one_protocol_is_one_row(one, other):
-    found = collected([minimal(**one), minimal(**{"trial_seed": 1, **other})])
-    assert {run.row for run in found.runs} == {"ERM"} and not found.notes
+    result = collected([minimal(**one), minimal(**{"trial_seed": 1, **other})])
+    assert {run.row for run in result.runs} == {"ERM"} and not result.notes
 
 
 def test_planned_jobs_share_the_rows_of_their_runs(tmp_path):
     args = [{"algorithm": "ERM", "dataset": "PACS", "test_envs": [0], "trial_seed": t, "steps": 5} for t in (0, 1)]
     launched(tmp_path / "sweep", args)
     write(tmp_path / "longer", record(0, 0.5, steps=9, holdout_fraction=0.2))
-    found = load_runs(tmp_path)
-    assert [run.row for run in found.runs] == ["ERM (steps=9)", "ERM (steps=5)", "ERM (steps=5)"]
-    assert [(planned.row, planned.done) for planned in found.planned] == [("ERM (steps=5)", True)] * 2
+    result = load_runs(tmp_path)
+    assert [run.row for run in result.runs] == ["ERM (steps=9)", "ERM (steps=5)", "ERM (steps=5)"]
+    assert [(planned.row, planned.done) for planned in result.planned] == [("ERM (steps=5)", True)] * 2
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_a_broken_sweep_file_is_refused(tmp_path, text, said):
 
 
 def test_domainbeds_own_sweep(shared_data: Path):
-    found = load_runs(shared_data / "domainbed_sweep" / "runs")
-    assert (len(found.runs), len(found.frame), found.notes) == (40, 200, [])
-    lines = (Path(found.runs[7].folder) / "results.jsonl").read_text().splitlines()
-    ours = found.frame[found.frame["run"] == 7]
+    result = load_runs(shared_data / "domainbed_sweep" / "runs")
+    assert (len(result.runs), len(result.frame), result.notes) == (40, 200, [])
+    lines = (Path(result.runs[7].folder) / "results.jsonl").read_text().splitlines()
+    ours = result.frame[result.frame["run"] == 7]
     for line, (_, row) in zip(lines, ours.iterrows(), strict=True):
         theirs = json.loads(line)
         assert all(row[name] == value for name, value in theirs.items() if isinstance(value, float))
@@ -264,5 +264,5 @@ def test_a_run_that_was_resumed_elsewhere_or_by_another_version_is_one_run() -> 
     old = record(0, 0.5, data_dir="a", imports=[], loader="batched")
     new = record(0, 0.6, data_dir="b", imports=[]) | {"step": 5}
     other = record(0, 0.7, data_dir="b", imports=[], steps=7) | {"step": 9}
-    found = collect_records([("run", old), ("run", new), ("run", other)])
-    assert found.frame["run"].tolist() == [0, 0, 1] and len(found.runs) == 2
+    result = collect_records([("run", old), ("run", new), ("run", other)])
+    assert result.frame["run"].tolist() == [0, 0, 1] and len(result.runs) == 2

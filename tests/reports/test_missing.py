@@ -26,10 +26,10 @@ def test_a_trial_that_others_have_is_missed():
 
 
 def test_hparams_seeds_and_environments_of_the_row_are_missed():
-    found = find_missing(collected([record(env, 0.5, hparams_seed=seed) for env, seed in ((0, 0), (0, 1), (1, 1))]))
+    result = find_missing(collected([record(env, 0.5, hparams_seed=seed) for env, seed in ((0, 0), (0, 1), (1, 1))]))
     lacking = [((1,), 0), ((2,), 0), ((2,), 1), ((3,), 0), ((3,), 1)]
-    assert [(m.test_envs, m.job.args["hparams_seed"]) for m in found] == lacking
-    assert describe_jobs(found) == [
+    assert [(m.test_envs, m.job.args["hparams_seed"]) for m in result] == lacking
+    assert describe_jobs(result) == [
         "ERM, PACS, test_envs 1, trial 0, hparams_seed 0",
         "ERM, PACS, test_envs 2, trial 0, hparams_seed 0-1",
         "ERM, PACS, test_envs 3, trial 0, hparams_seed 0-1",
@@ -42,8 +42,8 @@ def test_who_has_a_pair_misses_the_others():
     assert find_missing(collected(singles)) == []
     (missing,) = find_missing(collected(singles + pairs[1:]))
     assert missing.test_envs == (0, 1)
-    told = [(env, m) for env in range(3) for m in (IIDAccuracy, LeaveOneOut) if missing.completes(env, m)]
-    assert told == [(0, LeaveOneOut), (1, LeaveOneOut)]
+    completed = [(env, m) for env in range(3) for m in (IIDAccuracy, LeaveOneOut) if missing.completes(env, m)]
+    assert completed == [(0, LeaveOneOut), (1, LeaveOneOut)]
 
 
 def test_pairs_of_far_apart_environments_are_missed_too():
@@ -86,17 +86,17 @@ def test_planned_jobs_are_missed_until_they_are_done(tmp_path):
 def test_the_job_of_a_trial_that_was_not_planned_is_as_the_sweep_would_make_it(tmp_path):
     launched(tmp_path / "a", [{**ARGS, "test_envs": [env], "steps": 7} for env in range(4)])
     write(tmp_path / "b", record(0, 0.5, trial_seed=1, algorithm="LoRA"))
-    found = [missing for missing in find_missing(load_runs(tmp_path)) if missing.row == "ERM"]
-    assert [(m.test_envs, m.job.args["trial_seed"]) for m in found] == [((i,), 1) for i in range(4)]
+    result = [missing for missing in find_missing(load_runs(tmp_path)) if missing.row == "ERM"]
+    assert [(m.test_envs, m.job.args["trial_seed"]) for m in result] == [((i,), 1) for i in range(4)]
     args = {**ARGS, "test_envs": [2], "steps": 7, "holdout_fraction": 0.2, "hparams_seed": 0, "trial_seed": 1}
-    assert found[2].job == Job.create(tmp_path / "a", {**args, "seed": seed_hash("PACS", "ERM", [2], 0, 1)})
+    assert result[2].job == Job.create(tmp_path / "a", {**args, "seed": seed_hash("PACS", "ERM", [2], 0, 1)})
 
 
 def test_launchable_is_json_of_the_arguments(tmp_path):
     (job, *_) = launched(tmp_path, [{**ARGS, "test_envs": [env]} for env in range(4)])
     (job.folder / "done").unlink()
-    found = json.loads(json.dumps(list_jobs(find_missing(load_runs(tmp_path)))))
-    assert found == {"jobs": [{"output_dir": str(tmp_path), "args": job.args}]}
+    result = json.loads(json.dumps(list_jobs(find_missing(load_runs(tmp_path)))))
+    assert result == {"jobs": [{"output_dir": str(tmp_path), "args": job.args}]}
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([5, 0, 1, 7, 8], "0-1, 5, 7-8")])

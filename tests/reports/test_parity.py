@@ -21,24 +21,24 @@ NAMES = dict(zip((method.name for method in load_selection_methods()), ("iid", "
 
 def ours(records):
     """selection -> the cells as `restated_cells` has them."""
-    found = {}
+    numbers = {}
     for table in report.make_report(collected(records)).tables:
         for row, cells in zip(table.rows, table.cells, strict=True):
-            told = [None if c.mean is None else c.mean if c.err is None else (c.mean, c.err) for c in cells]
-            found.setdefault(table.method.name, {})[table.dataset, row] = told
-    return found
+            values = [None if c.mean is None else c.mean if c.err is None else (c.mean, c.err) for c in cells]
+            numbers.setdefault(table.method.name, {})[table.dataset, row] = values
+    return numbers
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cells_are_those_of_the_rules_restated(seed):
     records = random_sweep(np.random.default_rng(100 + seed))
-    found = ours(records)
+    numbers = ours(records)
     order = {"Debug28": 3, "PACS": 4}  # as registered
     for selection, name in NAMES.items():
         expected = restated_cells(name, records, order)
-        assert found[selection].keys() == expected.keys()
+        assert numbers[selection].keys() == expected.keys()
         for key, cells in expected.items():
-            for got, wanted in zip(found[selection][key], cells, strict=True):
+            for got, wanted in zip(numbers[selection][key], cells, strict=True):
                 same = got is wanted if wanted is None else np.allclose(got, wanted, atol=1e-9, equal_nan=True)
                 assert same, (selection, key, got, wanted)
 

@@ -15,7 +15,7 @@ def test_every_row_has_a_source_that_is_named_and_accuracies_in_percent():
 
 
 def test_averages_are_those_of_the_five_data_sets_as_far_as_sources_round():
-    """Of the rows that have all five: a slip of the pen in one number would show."""
+    """A wrong digit in a row with all five data sets makes its average wrong."""
     for row in load_published()[1]:
         five = [row.accs[name] for name in published.DATASETS if name in row.accs]
         if len(five) == 5 and "Avg" in row.accs:

@@ -154,8 +154,8 @@ def test_pairs_at_other_steps_leave_leave_one_out_an_x_that_is_explained():
     singles = [minimal(test_envs=[i]) for i in range(3)]
     pairs = [minimal(test_envs=list(envs)) | {"step": 1} for envs in ((0, 1), (0, 2), (1, 2))]
     later = [one | {"step": 1, "env0_in_acc": 0.5} for one in singles[:1]]
-    found = report.make_report(collected(singles + later + pairs))
-    assert any("finds no step that a run and its pairs recorded once" in note for note in found.notes)
+    result = report.make_report(collected(singles + later + pairs))
+    assert any("finds no step that a run and its pairs recorded once" in note for note in result.notes)
 
 
 def test_the_average_of_averages_lacks_what_is_planned_elsewhere(tmp_path):

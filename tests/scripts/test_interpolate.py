@@ -32,22 +32,22 @@ def test_alphas_of_a_run_are_what_runs_with_wise_record(
     assert run(main, [str(trained), "--alphas", "0", "0.3", "1", "--output_dir", str(mixed)]) == 0
     table = capsys.readouterr().out
     last = list(records.read_records(trained))[-1]
-    found = {a: list(records.read_records(mixed / f"run-alpha-{float(a)!r}")) for a in ("0", "0.3", "1")}
-    assert all(len(each) == 1 for each in found.values())
-    assert accuracies(found["1"][0]) == accuracies(last)
-    assert found["1"][0]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    mixes = {a: list(records.read_records(mixed / f"run-alpha-{float(a)!r}")) for a in ("0", "0.3", "1")}
+    assert all(len(lines) == 1 for lines in mixes.values())
+    assert accuracies(mixes["1"][0]) == accuracies(last)
+    assert mixes["1"][0]["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     args = {k: v for k, v in last["args"].items() if k not in ("output_dir", "hparams")}
     for alpha in ("0", "0.3"):
         hparams = json.loads(last["args"]["hparams"]) | {"average": "wise", "wise_alpha": float(alpha)}
         expected = go(tmp_path / alpha, **args, hparams=json.dumps(hparams))[-1]
-        mine = found[alpha][0]
-        assert accuracies(mine) == accuracies(expected) and mine["hparams"] == expected["hparams"]
-        assert mine["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+        mix = mixes[alpha][0]
+        assert accuracies(mix) == accuracies(expected) and mix["hparams"] == expected["hparams"]
+        assert mix["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
         known = {"output_dir": "", "label": ""}
-        assert mine["args"] | known == expected["args"] | known
-        assert mine["step"] == expected["step"] and mine["protocol"] == expected["protocol"]
-    assert found["0"][0]["val_loss"] > 1.1 * last["val_loss"] or found["0"][0]["val_loss"] < 0.9 * last["val_loss"]
-    assert f"{100 * found['0.3'][0]['env0_in_acc']:.1f}" in table and "env2_out" in table
+        assert mix["args"] | known == expected["args"] | known
+        assert mix["step"] == expected["step"] and mix["protocol"] == expected["protocol"]
+    assert mixes["0"][0]["val_loss"] > 1.1 * last["val_loss"] or mixes["0"][0]["val_loss"] < 0.9 * last["val_loss"]
+    assert f"{100 * mixes['0.3'][0]['env0_in_acc']:.1f}" in table and "env2_out" in table
 
     rows = load.load_runs(mixed).frame["row"]
     assert sorted(rows.unique()) == ["FrozenCLIP, alpha 0", "FrozenCLIP, alpha 0.3", "FrozenCLIP, alpha 1"]

@@ -72,11 +72,11 @@ def test_speed_while_something_runs(tmp_path: Path, mixed: list[Job]) -> None:
     now = time.time()
     os.utime(mixed[0].folder / "done", (now - 1800,) * 2)
     os.utime(mixed[1].folder / "done", (now - 900,) * 2)
-    told = SweepStatus.of(mixed)
-    assert told.jobs_per_hour == pytest.approx(2, rel=0.01)
-    assert told.eta_s == pytest.approx(3 * 1800, rel=0.01), "three are left; the failed one is not"
-    assert told.describe_rate() == "2 jobs an hour: at this rate the rest is done in 1 h 30 min."
-    assert told.to_json()["eta_s"] == told.eta_s
+    status = SweepStatus.of(mixed)
+    assert status.jobs_per_hour == pytest.approx(2, rel=0.01)
+    assert status.eta_s == pytest.approx(3 * 1800, rel=0.01), "three are left; the failed one is not"
+    assert status.describe_rate() == "2 jobs an hour: at this rate the rest is done in 1 h 30 min."
+    assert status.to_json()["eta_s"] == status.eta_s
 
     (mixed[2].folder / run_dir.LOCK).unlink()
     assert SweepStatus.of(mixed).describe_rate() == "" and SweepStatus.of(mixed).jobs_per_hour is None, (
@@ -90,19 +90,19 @@ def test_the_rate_starts_with_the_launcher(tmp_path: Path, mixed: list[Job]) -> 
     os.utime(mixed[1].folder / "done", (now - 900,) * 2)
     with run_dir.RunLock(tmp_path / LAUNCHERS / "host-1"):
         os.utime(tmp_path / LAUNCHERS / "host-1", (now - 1800,) * 2)
-        told = SweepStatus.of(mixed)
-    assert told.launchers == 1 and told.jobs_per_hour == pytest.approx(2, rel=0.01)
+        status = SweepStatus.of(mixed)
+    assert status.launchers == 1 and status.jobs_per_hour == pytest.approx(2, rel=0.01)
 
 
 def test_json_counts_every_state(mixed: list[Job]) -> None:
-    told = json.loads(json.dumps(SweepStatus.of(mixed).to_json()))
-    assert told["rows"][1] == {
+    status = json.loads(json.dumps(SweepStatus.of(mixed).to_json()))
+    assert status["rows"][1] == {
         "row": "LoRA", "dataset": "PACS", "done": 0, "running": 0, "failed": 0, "incomplete": 1, "not_launched": 1
     }  # fmt: skip
-    assert [entry["state"] for entry in told["jobs"]] == [
+    assert [entry["state"] for entry in status["jobs"]] == [
         "done", "done", "running", "failed", "incomplete", "not_launched"
     ]  # fmt: skip
-    assert told["jobs"][3]["error"] == "ValueError: no"
+    assert status["jobs"][3]["error"] == "ValueError: no"
 
 
 def test_time_of_a_run_is_in_the_last_record(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_an_estimate_goes_by_the_closest_jobs_that_are_done(tmp_path: Path) -> N
         job(tmp_path / "3", State.NOT_LAUNCHED, "LoRA, less", "VLCS"),  # of LoRA's 100, 200, 900, 1000: 550
         job(tmp_path / "4", State.NOT_LAUNCHED, "ZeroShotCLIP", "PACS"),  # of all: 200
     ]
-    told = estimate_cost(left, finished)
-    assert "about 32 min, one job at a time" in told, "1950 s"
-    assert "5 finished jobs; 2 from jobs of the same row and data set, 1 from jobs of the same algorithm, 1 " in told
+    cost = estimate_cost(left, finished)
+    assert "about 32 min, one job at a time" in cost, "1950 s"
+    assert "5 finished jobs; 2 from jobs of the same row and data set, 1 from jobs of the same algorithm, 1 " in cost
     assert "8 min with 4 at a time" in estimate_cost(left, finished, parallel=4)
     assert estimate_cost(left, finished[5:]).startswith("No estimate")
 

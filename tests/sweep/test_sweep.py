@@ -93,7 +93,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the local launcher was called with, in place of launching: commands, options, commands, ..."""
+    """The arguments of all calls of the local launcher, which launches nothing: commands, options, commands, ..."""
     calls: list[Any] = []
 
     def launch(commands: list[list[str]], max_parallel: int | None = None) -> list[int]:
@@ -334,11 +334,11 @@ def test_status(one_of_each: dict[State, Job], capsys: pytest.CaptureFixture[str
 
 def test_status_for_machines(one_of_each: dict[State, Job], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(script.main, ["status", "--output_dir", "out", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {name: told[name] for name in ("total", "done", "running", "failed", "incomplete", "not_launched")} == {
+    status = json.loads(capsys.readouterr().out)
+    assert {name: status[name] for name in ("total", "done", "running", "failed", "incomplete", "not_launched")} == {
         "total": 6, "done": 1, "running": 1, "failed": 1, "incomplete": 1, "not_launched": 2
     }  # fmt: skip
-    failed = told["jobs"][2]
+    failed = status["jobs"][2]
     assert failed["state"] == "failed" and failed["error"] == "OSError: disk full"
     assert failed["folder"] == str(one_of_each[State.FAILED].folder) and failed["args"]["test_envs"] == [0, 2]
 

@@ -40,17 +40,17 @@ CASES += [("HeadPurification", {"prompt": prompt}) for prompt in TEXT_SIDES]
 
 
 def losses(device: torch.device, choice: str, steps: int, name: str, bf16: bool = False, **hparams: Any) -> list[float]:
-    """Of `steps` updates: sums of what each logs."""
+    """Return the sum of the logged numbers of each of `steps` updates."""
     torch.manual_seed(0)
     algorithm: Algorithm = make(name, steps=steps, **hparams).to(device)
     speed_up_training(algorithm, device, choice, steps)
-    found = []
+    sums = []
     for step in range(steps):
         torch.manual_seed(step)
         minibatches = [(x.to(device), y.to(device)) for x, y in batches(seed=step)]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            found.append(sum(float(value) for value in algorithm.update(minibatches).values()))
-    return found
+            sums.append(sum(float(value) for value in algorithm.update(minibatches).values()))
+    return sums
 
 
 @needs_compiler
@@ -96,14 +96,14 @@ def test_a_gpu_compiles_only_where_triton_can_build(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_subclass_says_for_itself_that_its_steps_can_be_captured() -> None:
-    class Mine(HeadPurification):
+    class MyMethod(HeadPurification):
         pass
 
     assert make("HeadPurification").can_capture()
     assert not make("HeadPurification", strategy="alternate").can_capture()
     assert not make("HeadPurification", prompt="dpl").can_capture()  # sends sizes to the device at each step
     assert not make("LPFT", prompt="random", steps=4).can_capture()
-    assert "CAPTURABLE" not in vars(Mine) and "CAPTURABLE" not in vars(LPFT)
+    assert "CAPTURABLE" not in vars(MyMethod) and "CAPTURABLE" not in vars(LPFT)
 
 
 @needs_gpu
@@ -139,7 +139,7 @@ def test_a_new_shape_is_captured_anew() -> None:
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_gpu)], ids=str)
 def test_what_happens_between_steps_is_seen_by_the_next(device: torch.device) -> None:
     """Scoring, weights on loan, climbs, and going on elsewhere."""
-    found = {}
+    sums = {}
     for choice in ("off", "auto"):
         here, there = (make("HeadPurification", seed, sharpness="sam", lr=0.01).to(device) for seed in (0, 1))
         for algorithm in (here, there):
@@ -150,15 +150,15 @@ def test_what_happens_between_steps_is_seen_by_the_next(device: torch.device) ->
             with SAM(algorithm, algorithm.hparams).perturb(minibatches):
                 return sum(float(value) for value in algorithm.update(minibatches).values())
 
-        found[choice] = [step(here, i) for i in range(2)]
+        sums[choice] = [step(here, i) for i in range(2)]
         trains = [p for p in here.parameters() if p.requires_grad]
         with swap_weights(trains, [torch.ones_like(p) for p in trains]), evaluation_mode(here):
             here.predict(images(2).to(device))
         step(there, 0)
         there.load_training_state(copy.deepcopy(here.training_state()))
-        found[choice] += [step(here, i) for i in range(2, 4)]
-        assert [step(there, i) for i in range(2, 4)] == pytest.approx(found[choice][2:], rel=1e-4)
-    assert found["auto"] == pytest.approx(found["off"], rel=1e-4)
+        sums[choice] += [step(here, i) for i in range(2, 4)]
+        assert [step(there, i) for i in range(2, 4)] == pytest.approx(sums[choice][2:], rel=1e-4)
+    assert sums["auto"] == pytest.approx(sums["off"], rel=1e-4)
 
 
 def test_a_fused_step_is_seen_by_what_is_kept_while_weights_stay() -> None:

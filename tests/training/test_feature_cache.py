@@ -273,7 +273,7 @@ class Norms(FrozenCLIP):
 def test_a_tower_that_trains_after_all_is_not_cached(drawn: Path, tmp_path: Path, feature_cache: Path) -> None:
     run = set_up_run(args(tmp_path, drawn))
     for kind, cached in ((FrozenCLIP, True), (Norms, False)):
-        told = run.hparams | {"class_names": run.dataset.class_names}
-        algorithm = kind((3, 64, 64), len(run.dataset.class_names), 2, told)
+        hparams = run.hparams | {"class_names": run.dataset.class_names}
+        algorithm = kind((3, 64, 64), len(run.dataset.class_names), 2, hparams)
         with evaluation_mode(algorithm), ThreadPool(0) as workers:
             assert (features_module.load_features(run, algorithm, 64, workers) is not None) == cached

@@ -108,9 +108,9 @@ def test_a_statistic_that_backward_returns_is_recorded_and_trains_nothing(
         return backward(self, *args) | {"norm": torch.stack([p.square().sum() for p in trained]).sum()}
 
     monkeypatch.setattr(kind, "backward", with_norm)
-    found = go(tmp_path / "run", algorithm=algorithm)
-    assert all(record.pop("norm") > 0 for record in found)
-    assert without_times(found) == without_times(plain.read())
+    lines = go(tmp_path / "run", algorithm=algorithm)
+    assert all(record.pop("norm") > 0 for record in lines)
+    assert without_times(lines) == without_times(plain.read())
     a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", plain.folder))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -199,13 +199,13 @@ def test_step_time_is_that_of_loading_and_steps_and_not_of_scoring(
     ):
         takes(name, where, seconds)
     settings = {"algorithm": "LoRA", "steps": 5, "checkpoint_freq": 3, "eval_images": 1}
-    found = [r["step_time"] for r in go(tmp_path / "run", **settings)]
-    assert found == [2 + 4 + 6, 2 + 4 + 6 / 3, 2 + 4 + 6 / 1]  # two environments; three steps, then one
+    times = [r["step_time"] for r in go(tmp_path / "run", **settings)]
+    assert times == [2 + 4 + 6, 2 + 4 + 6 / 3, 2 + 4 + 6 / 1]  # two environments; three steps, then one
     stop_at(2, monkeypatch, terminate)
     with pytest.raises(SystemExit):
         go(tmp_path / "stopped", **settings)
-    found = [r["step_time"] for r in go(tmp_path / "stopped", **settings)]
-    assert found[1] == pytest.approx(2 + 4 + (6 + 6) / 3)  # read where it was stopped, too
+    times = [r["step_time"] for r in go(tmp_path / "stopped", **settings)]
+    assert times[1] == pytest.approx(2 + 4 + (6 + 6) / 3)  # read where it was stopped, too
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,12 @@ def domains() -> list[Minibatch]:
 
 def gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (D,) and their gradients (D, 3, 5) by hand: (softmax - one-hot) x."""
-    losses, found = [], []
+    losses, results = [], []
     for x, y in domains():
         p = (x @ weight.T).softmax(dim=1)
         losses.append(-p[torch.arange(len(y)), y].log().mean())
-        found.append((p - F.one_hot(y, 3)).T @ x / len(y))
-    return torch.stack(losses), torch.stack(found)
+        results.append((p - F.one_hot(y, 3)).T @ x / len(y))
+    return torch.stack(losses), torch.stack(results)
 
 
 @pytest.mark.parametrize(("sharpness", "variance_weight"), [("sam", 0.0), ("disam", 0.3)])
@@ -64,9 +64,9 @@ def test_a_step_has_the_gradient_of_the_climbed_point_and_starts_below_it(
     """d/dw Var(L) = 2/D sum (L_i - mean L) grad L_i."""
     algorithm = Linear()
     before = algorithm.weight.detach().clone()
-    losses, each = gradients(before)
-    variance = 2 / 3 * ((losses - losses.mean())[:, None, None] * each).sum(0)
-    g = each.mean(0) - variance_weight * variance
+    losses, grads = gradients(before)
+    variance = 2 / 3 * ((losses - losses.mean())[:, None, None] * grads).sum(0)
+    g = grads.mean(0) - variance_weight * variance
     assert g.norm() > 0.1 and variance.norm() > 0.1
     climbed = before + 0.4 * g / g.norm()
     with make_perturbation(algorithm, {"sharpness": sharpness, "sam_rho": 0.4, "disam_weight": 0.3})(domains()):
@@ -121,7 +121,7 @@ def test_none_does_nothing() -> None:
 @pytest.mark.parametrize("name", ["HeadPurification", "ERM", "FrozenCLIP"])
 def test_without_a_climb_it_is_the_plain_update_and_with_one_it_is_not(name: str) -> None:
     """rho = 0 changes not a bit: the climb restores weights and buffers."""
-    found = []
+    results = []
     for rho in (None, 0.0, 0.5):
         algorithm = make(name)
         climb = sam(algorithm, sam_rho=rho) if rho is not None else sam(algorithm, sharpness="none")
@@ -130,8 +130,8 @@ def test_without_a_climb_it_is_the_plain_update_and_with_one_it_is_not(name: str
             with climb(batches(seed=step)):
                 torch.manual_seed(step)
                 algorithm.update(batches(seed=step))
-        found.append([p.detach() for p in algorithm.parameters() if p.requires_grad])
-    plain, still, climbed = found
+        results.append([p.detach() for p in algorithm.parameters() if p.requires_grad])
+    plain, still, climbed = results
     assert all(torch.equal(a, b) for a, b in zip(plain, still, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(plain, climbed, strict=True))
     assert all(p.isfinite().all() for p in climbed)

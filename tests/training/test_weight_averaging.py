@@ -40,22 +40,22 @@ def follow(
 
     def start() -> tuple[list[nn.Parameter], WeightAverage]:
         parameters = [nn.Parameter(t.clone()) for t in path[0]]
-        found = make_weight_average(parameters, hparams(average, **overrides), len(path) - 1)
-        assert found is not None
-        return parameters, found
+        running = make_weight_average(parameters, hparams(average, **overrides), len(path) - 1)
+        assert running is not None
+        return parameters, running
 
-    parameters, found = start()
+    parameters, running = start()
     for step, weights in enumerate(path[1:], start=1):
         put(parameters, weights)
-        found.step()
+        running.step()
         if losses and step % 2 == 0:
-            found.add_validation_loss(losses[step // 2 - 1])
+            running.add_validation_loss(losses[step // 2 - 1])
         if resumed:
-            torch.save(found.state_dict(), resumed / "state.pt")
-            parameters, found = start()
+            torch.save(running.state_dict(), resumed / "state.pt")
+            parameters, running = start()
             put(parameters, weights)
-            found.load_state_dict(torch.load(resumed / "state.pt", weights_only=True))
-    return parameters, found
+            running.load_state_dict(torch.load(resumed / "state.pt", weights_only=True))
+    return parameters, running
 
 
 def put(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> None:
@@ -67,12 +67,13 @@ def mean(path: list[list[Tensor]], weights: Sequence[float] | None = None) -> li
     """In fp64."""
     share = torch.tensor(weights or [1.0] * len(path), dtype=torch.float64)
     return [
-        torch.einsum("t,t...->...", share / share.sum(), torch.stack(each).double()) for each in zip(*path, strict=True)
+        torch.einsum("t,t...->...", share / share.sum(), torch.stack(tensors).double())
+        for tensors in zip(*path, strict=True)
     ]
 
 
-def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
+def same(result: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=1e-5, rtol=1e-5)
 
 
@@ -148,7 +149,7 @@ def test_swad_averages_the_valley(losses: list[float], converge: int, tolerance:
 
 
 def test_the_windows_of_the_curves() -> None:
-    """What the paper's rule gives, by hand."""
+    """The windows of some curves, worked out by hand from the paper's rule."""
     windows = {name: window(losses, 3, 6, 0.3) for name, losses in CURVES.items()}
     assert windows["valley, then a rise"] == (4, 9)
     assert windows["ends on the way up"] == (1, 4)
@@ -214,28 +215,29 @@ SLOW = pytest.mark.slow
 def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
     average: str, raw: Path, tmp_path: Path
 ) -> None:
-    found = run(tmp_path, SWAD_NOW if average == "swad" else {"average": "beta"})
+    result = run(tmp_path, SWAD_NOW if average == "swad" else {"average": "beta"})
     there = list(records.read_records(raw))
-    assert [r["ce"] for r in found] == [r["ce"] for r in there]
+    assert [r["ce"] for r in result] == [r["ce"] for r in there]
     algorithm, spec = load_model(raw)
     path = [loop.build_algorithm(spec, 3).trained_state()] + [weights_after(raw, step) for step in range(4)]
     names = [name for name, p in algorithm.named_parameters() if p.requires_grad]
-    plan = loop.set_up_run(RunArgs("", **{k: v for k, v in found[0]["args"].items() if k != "output_dir"}))
+    plan = loop.set_up_run(RunArgs("", **{k: v for k, v in result[0]["args"].items() if k != "output_dir"}))
     loaders = loop.make_eval_loaders(plan.dataset.environments, plan.splits, 64)
-    for record in found[::3]:
+    for record in result[::3]:
         step = record["step"]
         shares = [scipy.stats.beta.pdf((t + 0.5) / 5, 0.5, 0.5) if t <= step + 1 else 0.0 for t in range(5)]
         if average == "swad":
-            assert [r["raw_val_loss"] for r in found] == [r["val_loss"] for r in there]
+            assert [r["raw_val_loss"] for r in result] == [r["val_loss"] for r in there]
             first, last = window([r["val_loss"] for r in there[: step + 1]], 1, 1, 0.0) or (0, 0)
             shares = [float(first + 1 <= t <= last + 1) for t in range(5)]
-        explicit = dict(zip(names, mean([[each[name] for name in names] for each in path], shares), strict=True))
+        explicit = dict(zip(names, mean([[state[name] for name in names] for state in path], shares), strict=True))
         saved = weights_after(tmp_path, step)
         same([saved[name] for name in names], list(explicit.values()))
         algorithm.load_state_dict(saved, strict=False)
         with loop.evaluation_mode(algorithm):
             scores = {
-                k: evaluation.score_split(algorithm, each, plan.device, plan.preprocess) for k, each in loaders.items()
+                k: evaluation.score_split(algorithm, loader, plan.device, plan.preprocess)
+                for k, loader in loaders.items()
             }
         algorithm.eval()
         assert {f"{name}_acc": score.accuracy for name, score in scores.items()}.items() <= record.items()
@@ -243,8 +245,8 @@ def test_records_and_models_are_of_the_averaged_weights_and_training_is_not(
 
 
 def test_no_average_and_no_validation_images_no_loss(tmp_path: Path) -> None:
-    found = run(tmp_path / "none", {}, steps=1, holdout_fraction=0.0)
-    assert "val_loss" not in found[0] and "raw_val_loss" not in found[0]
+    result = run(tmp_path / "none", {}, steps=1, holdout_fraction=0.0)
+    assert "val_loss" not in result[0] and "raw_val_loss" not in result[0]
     with pytest.raises(UsageError, match="average=swad needs validation images"):
         run(tmp_path / "swad", SWAD_NOW, steps=1, holdout_fraction=0.0)
 
@@ -260,10 +262,10 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(
         with pytest.raises((SystemExit, RuntimeError)):
             run(tmp_path / "run", overrides, checkpoint_freq=2)
     assert checkpoint.load_checkpoint(tmp_path / "run")["average"]  # type: ignore[index]
-    alike(tmp_path, whole, run(tmp_path / "run", overrides, checkpoint_freq=2))
+    check_resumed(tmp_path, whole, run(tmp_path / "run", overrides, checkpoint_freq=2))
 
 
-def alike(folder: Path, whole: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
+def check_resumed(folder: Path, whole: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     assert without_times(resumed) == without_times(whole)
     a, b = (load_file(folder / name / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -286,4 +288,4 @@ def test_a_record_that_is_stopped_is_validated_once(call: int, tmp_path: Path, m
         with pytest.raises(SystemExit):
             run(tmp_path / "run", SWAD_NOW, checkpoint_freq=2)
     assert checkpoint.load_checkpoint(tmp_path / "run")["step"] == 2  # type: ignore[index]
-    alike(tmp_path, whole, run(tmp_path / "run", SWAD_NOW, checkpoint_freq=2))
+    check_resumed(tmp_path, whole, run(tmp_path / "run", SWAD_NOW, checkpoint_freq=2))
