@@ -4,8 +4,8 @@
 
 How: sweeps are written into a temporary folder (TMPDIR says where). `collect_results` reads 2,400 runs of 17 records
 (66 MB), in turn with a script that does no more than import pandas and parse the same files with orjson; each round
-gives a ratio. `sweep status` reads 1,000 jobs in all
-states, then 10,000 jobs that are done, three times each.
+gives a ratio. `sweep status` reads 1,000 jobs that are done, failed or incomplete, then 10,000 jobs that are done,
+three times each.
 
 Runtime on one core: 1 minute.
 """

@@ -143,7 +143,7 @@ def compare(args: argparse.Namespace, batch: int) -> str:
         rate = flops / median / 1e12
         share = f"{rate / args.peak:.0%}" if args.peak else ""
         row = [variant.name, variant.choice, f"{first:.1f}", f"{1e3 * median:.4g}", f"{batch / median:.4g}"]
-        memory = "" if "gradients" in vars(variant.algorithm) else f"{peak / 2**20:.0f}"
+        memory = "" if "compute_gradients" in vars(variant.algorithm) else f"{peak / 2**20:.0f}"
         rows.append([*row, *ratios, f"{flops / 1e12:.3g}", f"{rate:.3g}", share, memory])
     headers = ["", "--compile", "first, s", "ms/step", "images/s", "times LoRA", "times full"]
     headers += ["TFLOP", "TFLOP/s", "of peak", "MiB"]

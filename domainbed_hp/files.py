@@ -1,4 +1,4 @@
-"""Atomic writes, the cache folder, and the number of cores."""
+"""Atomic writes, hashes and locks of files, the cache folder, and the number of cores."""
 
 import contextlib
 import hashlib

@@ -76,8 +76,8 @@ class DeclaredHparams(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise UsageError(
-            f"{self.algorithm} reads hparam {name!r} and does not declare it. Declare its default in the class: "
-            f"HPARAMS = Algorithm.HPARAMS | {{{name!r}: HParam(default)}}"
+            f"{self.algorithm} reads hparam {name!r} and does not declare it. Declare its default in the class that "
+            f"reads it: HPARAMS = Algorithm.HPARAMS | {{{name!r}: HParam(default)}}"
         )
 
 
@@ -104,7 +104,8 @@ def known_hparams(algorithm: str, dataset: str, overrides: Mapping[str, Any] | N
     A choice in `overrides`, such as prompt=coop, adds the hparams of the class that it names.
     """
     table: dict[str, HParam] = TRAINING_HPARAMS | load(ALGORITHMS, "algorithm", algorithm).HPARAMS
-    for plugin in load_chosen_plugins(table, overrides or {}).values():
+    on_dataset = {name: hparam.for_dataset(dataset) for name, hparam in table.items()}
+    for plugin in load_chosen_plugins(on_dataset, overrides or {}).values():
         table = plugin.HPARAMS | table
     return {name: hparam.for_dataset(dataset) for name, hparam in table.items()}
 

@@ -44,6 +44,9 @@ def import_plugin(module: str) -> list[str]:
     for table, base_module, base_name, attribute in CLASSES:
         # A base class that is not imported has no subclasses: a selection rule alone does not load torch.
         base = getattr(sys.modules.get(base_module), base_name, None)
+        for cls in own:
+            if attribute == "key" and base and issubclass(cls, base) and "key" not in vars(cls):
+                raise UsageError(f'--import {module}: {cls.__name__} has no key. Add one, e.g. key = "my_rule"')
         entries += [(table, getattr(cls, attribute), cls) for cls in own if base and issubclass(cls, base)]
     spec = getattr(sys.modules.get("domainbed_hp.datasets.spec"), "DatasetSpec", ())
     entries += [(registry.DATASETS, v.name, v) for v in vars(plugin).values() if isinstance(v, spec)]

@@ -103,16 +103,21 @@ def refuse_renamed_methods(cls: type, renamed: Mapping[str, str]) -> None:
             raise UsageError(f"{cls.__name__} defines {name}, which is no longer called. Define {replacement} instead")
 
 
+def add_entry_points(table: dict[str, Any], kind: str) -> None:
+    """Add the entry points of group domainbed_hp.<kind>s, those of installed packages, to `table`."""
+    from importlib.metadata import entry_points  # slow to import
+
+    for point in entry_points(group=f"domainbed_hp.{kind.removesuffix('s')}s"):
+        table.setdefault(point.name, point.value)
+
+
 def load(table: dict[str, Any], kind: str, name: str) -> Any:
     """Return the object called `name` from `table`, or else from the entry points of group domainbed_hp.<kind>s.
 
     `UsageError` for an unknown name; its message lists the known ones.
     """
     if name not in table:
-        from importlib.metadata import entry_points  # slow to import
-
-        for point in entry_points(group=f"domainbed_hp.{kind.removesuffix('s')}s"):
-            table.setdefault(point.name, point.value)
+        add_entry_points(table, kind)
     if name not in table:
         raise unknown_name(kind, name, table)
     if isinstance(table[name], str):

@@ -44,7 +44,7 @@ def flag(
 
 @dataclass(frozen=True)
 class RunArgs:
-    """The arguments of a run; every record holds them. Meaning and defaults are those of DomainBed's train.py.
+    """The arguments of a run; every record holds them. Those of DomainBed's train.py have the same meaning here.
 
     Raises:
         UsageError: a value is not among the choices, or too small.
@@ -54,6 +54,7 @@ class RunArgs:
     data_dir: str | None = flag(
         None, "folder that holds the data sets' folders: PACS, VLCS, office_home, ...", role="where", metavar="DIR"
     )
+    # DEVIATION: DomainBed's defaults of dataset and algorithm are RotatedMNIST and ERM. All others are the same.
     dataset: str = flag(
         "ShapesDG",
         f"data set: {', '.join(DATASETS)}; or folder:PATH, with images in PATH/<environment>/<class>/",

@@ -218,7 +218,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     # All that this file takes from the package: images as arrays, and the folder of a CLIP that is small enough for a
-    # CPU. Any arrays will do, and any CLIP, e.g. open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai").
+    # CPU. Any arrays will do, and any CLIP with a ViT that has a class token,
+    # e.g. open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai").
     from domainbed_hp.datasets.shapes import shapes_dg
     from domainbed_hp.networks.clip import MINI
 

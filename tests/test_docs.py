@@ -25,7 +25,14 @@ import domainbed_hp
 from domainbed_hp import registry
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "results" / "README.md",
+        ROOT / "domainbed_hp" / "networks" / "mini" / "README.md",
+    ]
+)
 CHECKED = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names flags that are gone
 SCRIPTS = sorted(path.stem for path in (ROOT / "domainbed_hp" / "scripts").glob("[!_]*.py"))
 FILES = {path.stem: path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).glob("*.py"))}
@@ -150,7 +157,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     spans += ["\n".join(re.findall(r"^#   (.*)$", text, re.MULTILINE))]
     for span in spans:
         lines = re.sub(r"\\\n", " ", span)
-        lines = lines if "\n" in span and lines.count("python ") > 1 else lines.replace("\n", " ")
+        lines = lines if span.endswith("\n") or lines.count("python ") > 1 else lines.replace("\n", " ")
         for line in re.split(r"\n|&&", lines):
             match = re.match(
                 r" *python (?:-m domainbed_hp\.scripts\.(\w+)|(?:benchmarks|examples)/(\w+)\.py)(.*)", line
@@ -213,6 +220,7 @@ def test_a_wrong_command_is_noticed() -> None:
     for line in ("train --loader reference", "train --eval slow", "train --eva fast", "train --steps many", "worker"):
         assert block(f"python -m domainbed_hp.scripts.{line}"), line
     assert block("python -m domainbed_hp.scripts.sweep start")
+    assert block("pip install .\npython -m domainbed_hp.scripts.train --loader reference")
     assert block("pip install . && python -m domainbed_hp.scripts.sweep launch --jobs_per_process 2")
     assert wrong_commands("`python -m domainbed_hp.scripts.sweep launch --config sweeps/none.toml`")
     assert not wrong_flags("`--eval fast`, `download --check --json`, `--archive PATH`")

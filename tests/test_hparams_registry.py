@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from domainbed_hp.algorithms import get_algorithm_class
 from domainbed_hp.hparams_registry import (
+    TRAINING_HPARAMS,
     DeclaredHparams,
     HParam,
     choice,
@@ -121,6 +123,17 @@ def test_defaults_of_one_data_set_are_data() -> None:
     assert hparam.for_dataset("VLCS") is hparam
     own = hparam.for_dataset("PACS")
     assert (own.default, own.draw("x", 0), own.help, own.at_least) == (2.0, 2.0, "help", 0)
+
+
+def test_a_choice_of_one_data_set_adds_its_hparams(monkeypatch):
+    average = replace(TRAINING_HPARAMS["average"], by_dataset={"PACS": HParam("swad")})
+
+    class Averaged(get_algorithm_class("ERM")):
+        HPARAMS = get_algorithm_class("ERM").HPARAMS | {"average": average}
+
+    monkeypatch.setitem(ALGORITHMS, "Averaged", Averaged)
+    assert "swad_ratio" in resolve_hparams("Averaged", "PACS", 0, 0, {})
+    assert "swad_ratio" not in resolve_hparams("Averaged", "VLCS", 0, 0, {})
 
 
 def test_a_hparam_that_is_not_declared_is_named() -> None:

@@ -70,6 +70,11 @@ def test_imports_point_down() -> None:
     assert len(find_arrows()) > 50
 
 
+def test_every_module_has_a_layer() -> None:
+    modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
+    assert [module for module in modules if not layer_of(module)] == ["domainbed_hp.__init__"]
+
+
 @pytest.mark.parametrize(
     "module",
     [

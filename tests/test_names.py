@@ -33,7 +33,7 @@ def find_names(node: ast.AST) -> list[str]:
 def test_names_say_what_they_name(path: Path) -> None:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {n for node in nodes for n in find_names(node) if n.lower().strip("_") in BANNED}
-    assert {n for n in names if (path.name, n) not in FLAGS} == set()
+    assert {n for n in names if (path.name, n) not in FLAGS} == set(), "rename: see CONTRIBUTING.md"
     texts = [n.value.value for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
     firsts = {text.split()[0].strip(".,;:") for text in texts if isinstance(text, str) and text.split()}
-    assert firsts & RIDDLES == set()
+    assert firsts & RIDDLES == set(), "begin with a verb or a noun: see CONTRIBUTING.md"

@@ -4,9 +4,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from leases import leave_lease
@@ -49,10 +48,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Seconds since the test began, at most so many."""
+def clock() -> Callable[[], float]:
+    """A function that returns the seconds since the test began."""
     start = time.monotonic()
-    yield lambda: time.monotonic() - start
+    return lambda: time.monotonic() - start
 
 
 def names(folder: Path) -> set[str]:
@@ -73,7 +72,9 @@ def test_the_life_of_a_run(folder: Path) -> None:
     assert names(folder) == {"results.jsonl", "done"}
 
 
-def test_a_live_holder_is_named_at_once(folder: Path, holder: subprocess.Popen[str], clock: Any) -> None:
+def test_a_live_holder_is_named_at_once(
+    folder: Path, holder: subprocess.Popen[str], clock: Callable[[], float]
+) -> None:
     assert read_state(folder) == State.RUNNING
     with pytest.raises(RunTaken, match=f"process {holder.pid} on .* works in"), RunLock(folder):
         pass
@@ -89,7 +90,7 @@ def test_who_holds_it_in_this_process_too(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_holder_that_was_killed_is_replaced_at_once_and_one_that_sleeps_is_not(
-    folder: Path, holder: subprocess.Popen[str], clock: Any, number: int
+    folder: Path, holder: subprocess.Popen[str], clock: Callable[[], float], number: int
 ) -> None:
     holder.send_signal(number)
     if number == signal.SIGSTOP:
@@ -127,7 +128,7 @@ def test_of_many_that_start_together_one_works(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_a_dead_host_is_replaced_after_the_lease_duration(folder: Path, clock: Any) -> None:
+def test_a_dead_host_is_replaced_after_the_lease_duration(folder: Path, clock: Callable[[], float]) -> None:
     leave_lease(folder)
     assert read_state(folder) == State.RUNNING
     with RunLock(folder) as lock:
@@ -138,14 +139,14 @@ def test_a_dead_host_is_replaced_after_the_lease_duration(folder: Path, clock: A
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("age_s", [-3600, 3600])
-def test_clocks_of_two_hosts_are_not_compared(folder: Path, clock: Any, age_s: float) -> None:
+def test_clocks_of_two_hosts_are_not_compared(folder: Path, clock: Callable[[], float], age_s: float) -> None:
     leave_lease(folder, age_s=age_s)
     with RunLock(folder):
         assert 0.6 <= clock() < 3
 
 
 @pytest.mark.usefixtures("short")
-def test_a_live_host_is_not_replaced(folder: Path, clock: Any) -> None:
+def test_a_live_host_is_not_replaced(folder: Path, clock: Callable[[], float]) -> None:
     leave_lease(folder)
     threading.Timer(0.3, os.utime, (folder / "lock", (1, 1))).start()  # whatever its clock says
     with pytest.raises(RunTaken, match="process 12 on node7 works in"), RunLock(folder):
@@ -179,7 +180,7 @@ def test_a_lease_of_another_duration_is_refused(folder: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("short")
-def test_abandoned_runs_are_found_together(tmp_path: Path, clock: Any) -> None:
+def test_abandoned_runs_are_found_together(tmp_path: Path, clock: Callable[[], float]) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:
         leave_lease(folder)
@@ -190,13 +191,13 @@ def test_abandoned_runs_are_found_together(tmp_path: Path, clock: Any) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_abandoned_runs_are_not_waited_for_where_all_live(tmp_path: Path, clock: Any) -> None:
+def test_abandoned_runs_are_not_waited_for_where_all_live(tmp_path: Path, clock: Callable[[], float]) -> None:
     leave_lease(tmp_path / "a")
     threading.Timer(0.1, os.utime, (tmp_path / "a" / "lock",)).start()
     assert find_abandoned([tmp_path / "a"]) == [] and clock() < 0.5
 
 
-def test_a_folder_of_an_earlier_version_is_taken_over(folder: Path, clock: Any) -> None:
+def test_a_folder_of_an_earlier_version_is_taken_over(folder: Path, clock: Callable[[], float]) -> None:
     folder.mkdir()
     (folder / "lock").touch()
     (folder / "heartbeat.json").write_text('{"machine": "another", "host": "node7", "pid": 12}'.ljust(4096))

@@ -38,7 +38,7 @@ class Algorithm(nn.Module):
     """True if a GPU may record `compute_gradients` as a CUDA graph: every step does the same work, without a branch on
     a number, and changes nothing but gradients and batch norms. A subclass does not inherit it."""
     STEPS: ClassVar[int | None] = None
-    """Number of steps that the method needs. None: the data set's. 1: the method does not train."""
+    """Number of steps that the method needs, whatever --steps says; 1 if it does not train. None: --steps decides."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__()

@@ -126,14 +126,18 @@ class ClipAlgorithm(Algorithm):
     def make_cosine_schedule(
         self, optimizer: torch.optim.Optimizer | None, steps: int | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """Return a schedule to 0 over `steps`, by default over `hparams["steps"]`; None where neither is known."""
+        """Return a schedule to 0 over `steps`, by default over `hparams["steps"]`.
+
+        Without an optimizer, or where neither number is known, return None.
+        """
         steps = steps or self.hparams.get("steps")
         if optimizer is None or steps is None:
             return None
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def encode(self, x: Tensor, trace: list[Trace] | None = None, tower: VisionTower | None = None) -> Tensor:
-        """Return image features (B, E) of x (B, 3, S, S), not unit-norm, in fp32 or better. Features as x are returned.
+        """Return image features (B, E) of x (B, 3, S, S), not unit-norm, in fp32 or better. Features x (B, E) are
+        returned unchanged.
 
         `tower` is used in place of the algorithm's own; each of its layers appends a `Trace` to `trace`.
         """

@@ -127,8 +127,9 @@ class HeadPurification(ClipAlgorithm):
     def choose_stage(self) -> tuple[list[nn.Parameter], bool]:
         """Return the parameters that do not train in this step, and whether the MMD trains.
 
-        joint: both losses train everything. two_stage: in the first half cross-entropy trains the adapters, in the
-        second half both losses train the gates. alternate: the two stages take turns.
+        joint: cross-entropy trains adapters and gates, the MMD those of `mmd_route`. two_stage: in the first half
+        cross-entropy trains the adapters; in the second half the gates train, by cross-entropy and, unless
+        mmd_route=adapters, by the MMD. alternate: the two stages take turns.
         """
         use_mmd = self.hparams["mmd_weight"] > 0 and bool(self.routed)
         if self.hparams["strategy"] == "joint":
@@ -146,7 +147,10 @@ class HeadPurification(ClipAlgorithm):
 
     @torch.no_grad()
     def diagnose(self, minibatches: list[Minibatch]) -> dict[str, Any]:
-        """Return the gates, their largest change, and the MMD of validation images at the first call's bandwidths."""
+        """Return the gates, their largest distance from 1, and the MMD of validation images.
+
+        The bandwidths of this MMD are those of the first call.
+        """
         gates = self.tower.compute_gates()  # (L, H)
         values: dict[str, Any] = {"gate_shift": (gates - 1).abs().max().item()}
         if self.gates:

@@ -31,7 +31,8 @@ class LoRA(ClipAlgorithm):
     @classmethod
     def validate(cls, hparams: dict[str, Any]) -> None:
         super().validate(hparams)
-        if not all(read_adapter_shape(hparams)):
+        targets, rank, rank_last = read_adapter_shape(hparams)
+        if not (targets and rank + rank_last):
             raise UsageError("got no adapters, so nothing to train: set lora_targets, and lora_rank or lora_rank_last")
 
 

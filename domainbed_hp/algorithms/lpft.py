@@ -28,7 +28,7 @@ class LPFT(ClipAlgorithm):
         **ADAMW_HPARAMS,
         "prompt": replace(CLIP_HPARAMS["prompt"], default="random"),
         "lr": HParam(1e-5, log_uniform(10, -6.5, -4), "learning rate of fine-tuning: AdamW, cosine", at_least=0),
-        "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0),
+        "probe_share": HParam(0.5, help="share of the steps that train the classifier alone", at_least=0, below=1),
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,8 +48,6 @@ class LPFT(ClipAlgorithm):
         super().validate(hparams)
         if not load_text_side_class(hparams["prompt"]).trains(hparams):
             raise UsageError(f"LPFT: prompt={hparams['prompt']} has no classifier to train: use random, from_text, ...")
-        if not hparams["probe_share"] < 1:
-            raise UsageError(f"probe_share: got {hparams['probe_share']}, expected less than 1")
 
     @property
     def probing(self) -> bool:

@@ -121,7 +121,8 @@ def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:
     minutes = options.pop("timeout_min", None)
     options["time"] = parse_minutes(options.get("time", minutes) or str(DEFAULT_MINUTES))
     flags = {"": True, "true": True}
-    return {"requeue": True} | {name: flags.get(value, value) for name, value in options.items() if value != "false"}
+    options = {"requeue": True} | {name: flags.get(value, value) for name, value in options.items()}
+    return {name: value for name, value in options.items() if value != "false"}
 
 
 def parse_minutes(text: str) -> int:

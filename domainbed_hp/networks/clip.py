@@ -141,9 +141,11 @@ def export_clip(source: ClipSource, weights: dict[str, Tensor], folder: Path) ->
             "clip_pretrained=random cannot be exported: its text tower was not saved. Train from other weights."
         )
     state = create_model(source).state_dict()
-    expected = {k: v.shape for k, v in state.items() if k.startswith("visual.") or k in weights}
-    if {k: v.shape for k, v in weights.items()} != expected:
-        raise ValueError(f"weights do not fit {source.name}: {sorted(expected.keys() ^ weights.keys())[:5]}")
+    expected = {k: tuple(v.shape) for k, v in state.items() if k.startswith("visual.") or k in weights}
+    got = {k: tuple(v.shape) for k, v in weights.items()}
+    if wrong := sorted(k for k in expected | got if expected.get(k) != got.get(k)):
+        listed = "; ".join(f"{k}: got {got.get(k)}, expected {expected.get(k)}" for k in wrong[:5])
+        raise ValueError(f"weights do not fit {source.name}: {listed}. `merge` returns the source's names and shapes")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in (state | weights).items()}, folder / "open_clip_model.safetensors")
     preprocess = {k: source.preprocess_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode")}

@@ -36,14 +36,19 @@ class DUPRG(TextOnly):
     """An auto-encoder removes the domain from text features of prompts "a {domain} photo of a {class}".
 
     L = -cos(input, output) - a <output, mean of its class's outputs> + b cos(outputs of two classes, same domain).
-    The feature of a class is the mean of its outputs over the 11 domains. Nothing trains on images.
+    The feature of a class is the mean of its outputs over the 11 prompts. Nothing trains on images.
     """
 
     # DEVIATION: the release does not replace the underscores of class names, nor normalise the mean of the outputs.
     # DEVIATION: it scores the test images after every epoch and reports the best, an oracle. Ours is the last epoch.
     # With duprg_per_step, records show other epochs, under the cosine schedule of every text side.
     HPARAMS = {
-        "duprg_lr": HParam(0.04, log_uniform(10, -3, -1), "constant learning rate of AdamW", at_least=0),
+        "duprg_lr": HParam(
+            0.04,
+            log_uniform(10, -3, -1),
+            "learning rate of AdamW; constant, or with duprg_per_step a cosine",
+            at_least=0,
+        ),
         "duprg_weight_decay": HParam(1e-4, log_uniform(10, -6, -2), "weight decay of AdamW", at_least=0),
         "duprg_epochs": HParam(2000, help="number of epochs; an epoch is one step on all prompts", at_least=0),
         "duprg_intra": HParam(0.5, log_uniform(10, -1.5, 0.5), "weight a: unites the domains of a class", at_least=0),

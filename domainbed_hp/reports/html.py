@@ -54,7 +54,7 @@ def find_failed_jobs(collected: CollectedRuns) -> Iterator[tuple[str, str]]:
     """Yield (description of a job, last line of its error)."""
     for plan in collected.planned:
         if not plan.done and plan.job.state is State.FAILED:
-            yield plan.job.describe(State.INCOMPLETE).partition(": ")[2], run_dir.read_failure(plan.job.folder)
+            yield plan.job.summary, run_dir.read_failure(plan.job.folder)
 
 
 def encode_png(figure: Figure) -> str:

@@ -31,8 +31,11 @@ FIT = r"""\ifdefined\fitbox\else\newsavebox{\fitbox}\fi
 
 def escape_latex(text: str) -> str:
     """Return text for LaTeX; a character that plain pdflatex cannot print becomes its code, e.g. U+03BB."""
-    printable = [c for c in text if ord(c) < 256 and c not in "«»ÐÞðþ"]
-    return "".join(LATEX.get(c, c if c in printable else f"U+{ord(c):04X}") for c in text)
+
+    def escape(c: str) -> str:
+        return LATEX.get(c, c if ord(c) < 256 and c not in "«»ÐÞðþ" else f"U+{ord(c):04X}")
+
+    return "".join(map(escape, text))
 
 
 def to_latex(report: Report) -> str:

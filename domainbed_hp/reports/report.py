@@ -75,10 +75,11 @@ def describe_unregistered(collected: CollectedRuns) -> list[str]:
         sorted(set(collected.frame[name]) - set(known))
         for name, known in (("dataset", registry.DATASETS), ("algorithm", registry.ALGORITHMS))
     )
-    hint = "--import MODULE registers it"
-    return [f"data set {name!r} is not registered: its environments are numbered; {hint}" for name in datasets] + [
-        f"algorithm {name!r} is not registered: its rows come last; {hint}" for name in algorithms
-    ]
+    hint = "; --import MODULE registers it"
+    return [
+        f"data set {name!r} is not registered: its environments are numbered" + hint * (not name.startswith("folder:"))
+        for name in datasets
+    ] + [f"algorithm {name!r} is not registered: its rows come last{hint}" for name in algorithms]
 
 
 CONDITIONS = {

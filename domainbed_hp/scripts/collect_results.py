@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domainbed_hp.plugins import import_plugins
-from domainbed_hp.registry import UsageError
+from domainbed_hp.registry import ALGORITHMS, DATASETS, SELECTION_RULES, UsageError, add_entry_points
 from domainbed_hp.reports import latex, text_formats
 from domainbed_hp.reports.load import CollectedRuns, load_runs
 from domainbed_hp.reports.missing import describe_jobs, list_jobs
@@ -71,8 +71,10 @@ def add_input_flags(p: argparse.ArgumentParser, required: bool = False) -> None:
 
 
 def load_input(args: argparse.Namespace) -> CollectedRuns:
-    """Import the modules of --import and load the runs of --input_dir; `UsageError` if there is none."""
+    """Register all plugins and load the runs of --input_dir; `UsageError` if there is none."""
     import_plugins(args.imports)
+    for table, kind in ((ALGORITHMS, "algorithm"), (DATASETS, "dataset"), (SELECTION_RULES, "selection_rule")):
+        add_entry_points(table, kind)
     collected = load_runs(args.input_dir)
     if not collected.runs:
         raise UsageError(

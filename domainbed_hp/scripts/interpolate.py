@@ -19,7 +19,7 @@ from domainbed_hp.run_args import RunArgs
 from domainbed_hp.run_dir import DONE, RunLock
 from domainbed_hp.scripts import run
 
-SHARED = ("step", "epoch", "image_size", "trainable_params", "protocol")
+COPIED_KEYS = ("step", "epoch", "image_size", "trainable_params", "protocol")
 """Keys of a record that are copied from the last record of the run."""
 
 
@@ -94,7 +94,7 @@ def write_run(row: dict[str, Any], last: dict[str, Any], folder: Path, alpha: fl
     args = args | {"hparams": overrides, "output_dir": str(folder), "label": label}
     with RunLock(folder):
         records.truncate_records(folder, -1)
-        shared = {name: last[name] for name in SHARED if name in last}
+        shared = {name: last[name] for name in COPIED_KEYS if name in last}
         records.append_record(folder, shared | row | {"args": args, "hparams": last["hparams"] | wise})
         (folder / DONE).write_text("done")
 

@@ -32,6 +32,7 @@ flags that describe a sweep, they act on the jobs of that sweep. `delete_incompl
 and failed jobs, so that they start from step 0. It never removes a running job.
 """
 COMMAND = ("python", "-m", "domainbed_hp.scripts.sweep")
+EXIT_INTERRUPTED = 130
 ONLY = {"retry_failed": "launch", "dry_run": "launch", "jobs": "launch", "json": "status"}
 """Flags of one command alone."""
 NOT_SETTINGS = ("command", "config", "seed", "skip_confirmation", "list", *ONLY)
@@ -98,7 +99,9 @@ def print_status(status: SweepStatus, list_all: bool) -> None:
 
 
 def launch(spec: SweepSpec, args: argparse.Namespace, command: str, part: Sequence[Job] = ()) -> int:
-    """Check a sweep, start the jobs that are not done, and return 1 if a job failed or stopped.
+    """Check a sweep, start its new and incomplete jobs (with --retry_failed also failed ones), return the exit code.
+
+    The exit code is 1 if a job failed or stopped, and 130 after an interrupt.
 
     Args:
         command: the command line itself, to print how to continue.
@@ -143,7 +146,7 @@ def report_interrupt(jobs: Sequence[Job], command: str) -> int:
     running = now.count[State.RUNNING]
     left = f"{running} are still running." if running else "Incomplete ones continue from the state that they saved."
     print(f"Interrupted: {now.summarize()} {left}\nTo continue: {command}", file=sys.stderr)
-    return 130
+    return EXIT_INTERRUPTED
 
 
 def report_end(now: SweepStatus, codes: Mapping[Path, int], command: str) -> int:
@@ -231,10 +234,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.jobs:
         if args.config:
             raise UsageError("--config with --jobs: both say what to launch; give one of them")
-        return max(launch(spec, args, command, jobs) for spec, jobs in read_jobs(args.jobs, flags))
+        code = 0
+        for spec, jobs in read_jobs(args.jobs, flags):
+            code = max(code, launch(spec, args, command, jobs))
+            if code == EXIT_INTERRUPTED:  # the user stopped all of it, not this sweep alone
+                break
+        return code
     if args.command == "launch":
         spec = spec_from(args.config, flags)
-        args.skip_confirmation |= not (args.config or flags) or spec.launcher == "dummy"  # the quickstart asks nothing
+        args.skip_confirmation |= not (args.config or flags) or spec.launcher == "dummy"  # these two ask nothing
         return launch(spec, args, command)
     flags.pop("launcher", None)
     jobs = find_jobs(args.config, flags)

@@ -1,7 +1,7 @@
 """Train one algorithm on one data set, without the environments in --test_envs, and evaluate it on all environments.
 
-Flags and defaults are those of DomainBed's train.py, and a few more. A run that was interrupted continues when the same
-command is given again.
+Flags of DomainBed's train.py mean the same here, and have the same defaults but for --dataset and --algorithm. A run
+that was interrupted continues when the same command is given again.
 """
 
 import argparse

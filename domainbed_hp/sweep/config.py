@@ -43,7 +43,7 @@ def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def parse_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flags as a sweep file would hold them; `algorithms` and `hparams` are no keys of a sweep file."""
+    """Return flags as a sweep file would hold them, without `algorithms` and `hparams`; `spec_from` applies these."""
     values = {name: value for name, value in flags.items() if name not in ("algorithms", "hparams")}
     values |= {name: parse_pairs(name, values[name]) for name in ("slurm", "launcher_options") if name in values}
     return values | ({"test_envs": parse_test_envs(values["test_envs"])} if "test_envs" in values else {})
@@ -95,7 +95,8 @@ def read_jobs(path: str, flags: Mapping[str, Any]) -> list[tuple[SweepSpec, list
     where = {name: flags[name] for name in run_args.SHARED if name in run_args.WHERE and name in flags}
     for name in flags:
         if name not in (*where, "launcher", "launcher_options", *LAUNCHER_FLAGS):
-            raise UsageError(f"--{name} with --jobs: the jobs in {path} cannot be changed; leave out --{name}")
+            flag = run_args.FLAG_NAMES.get(name, name)
+            raise UsageError(f"--{flag} with --jobs: the jobs in {path} cannot be changed; leave out --{flag}")
     try:
         entries = [(Path(job["output_dir"]), dict(job["args"])) for job in json.loads(Path(path).read_text())["jobs"]]
         jobs = [Job.create(folder, args | where) for folder, args in entries]

@@ -22,7 +22,7 @@ from domainbed_hp.run_dir import State
 
 TRAIN_MODULE = "domainbed_hp.scripts.train"
 SWEEP_FILE = "sweep.json"
-LAUNCHERS = "launchers"
+LAUNCHERS_FOLDER = "launchers"
 """Name of the folder, in that of a sweep, with a folder for each launcher at work."""
 
 
@@ -56,6 +56,12 @@ class Job:
         return str(self.args.get("label", self.args["algorithm"]))
 
     @property
+    def summary(self) -> str:
+        """Folder, data set, row, test environments and hparams_seed, as in DomainBed's lines."""
+        facts = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
+        return f"{self.folder} {facts}"
+
+    @property
     def command(self) -> list[str]:
         """Command line of the run. Flags are sorted; a list becomes several items, True a flag without a value."""
         command = [sys.executable, "-m", TRAIN_MODULE]
@@ -69,9 +75,8 @@ class Job:
 
     def describe(self, state: State) -> str:
         """Return one line, as DomainBed's, with the error of a failed job."""
-        facts = f"({self.args['dataset']!r}, {self.row!r}, {self.args['test_envs']}, {self.args['hparams_seed']})"
         reason = f": {run_dir.read_failure(self.folder)}" if state == State.FAILED else ""
-        return f"{state}: {self.folder} {facts}{reason}"
+        return f"{state}: {self.summary}{reason}"
 
     def delete(self) -> None:
         """Remove the job's folder; `RunTaken` if the run is done or a process works on it."""
@@ -98,7 +103,9 @@ def load_sweep(output_dir: Path) -> tuple[dict[str, Any], list[Job]]:
             raise KeyError("rows")
     except FileNotFoundError as error:
         raise UsageError(f"{path} not found: no sweep was launched into {output_dir}; pass --output_dir") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}. Check its permissions and the disk") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a sweep file ({error!r}); delete it and launch again") from error
     return sweep, jobs
 
@@ -113,7 +120,7 @@ def register_launcher(
         sweep: description of the sweep, the other keys of sweep.json.
         partial: True if the sweep has more jobs than these; all of them stay listed.
     """
-    folder = output_dir / LAUNCHERS
+    folder = output_dir / LAUNCHERS_FOLDER
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +136,7 @@ def register_launcher(
 def find_launchers(output_dir: Path) -> list[float]:
     """Return the start of each launcher that is at work on a sweep, in seconds since the epoch."""
     started = []
-    for folder in (output_dir / LAUNCHERS).glob("*-*"):
+    for folder in (output_dir / LAUNCHERS_FOLDER).glob("*-*"):
         with contextlib.suppress(OSError):  # the launcher ends just now
             if run_dir.read_holder(folder):
                 started.append(folder.stat().st_mtime)  # of the folder: its last change was the creation of the lock

@@ -132,7 +132,8 @@ def check_types(cls: type, values: Mapping[str, Any], source: str) -> dict[str, 
             raise UsageError(f"{source}: {name} is {value!r}; expected {describe_type(types[name])}")
     missing = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING and f.name not in values]
     if missing:
-        raise UsageError(f"{source}: missing {', '.join(missing)}")
+        advice = f"pass --{missing[0]}" if source == "flags" else "add it to the file"
+        raise UsageError(f"{source}: missing {', '.join(missing)}; {advice}")
     return {name: to_tuple(value) for name, value in values.items()}
 
 

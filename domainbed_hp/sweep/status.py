@@ -27,7 +27,7 @@ class SweepStatus:
     jobs: Sequence[Job]
     states: Sequence[State]
     jobs_per_hour: float | None
-    """None if no job is running or none has finished."""
+    """None if no job is running, or none has finished since the first launcher at work started."""
     launchers: int
     """Number of launchers at work."""
 
@@ -78,7 +78,7 @@ class SweepStatus:
         return tabulate(cells, ["row", "data set", *(s.lower() for s in states)])
 
     def describe_rate(self) -> str:
-        """Return one line on the rate and the time that is left; "" if no launcher is at work."""
+        """Return one line on the rate and the time that is left; "" if no launcher is at work and no job is running."""
         if self.jobs_per_hour is None or self.eta_s is None:
             return "Running; the rate is known once one is done." if self.launchers or self.count[State.RUNNING] else ""
         left = format_duration(self.eta_s)

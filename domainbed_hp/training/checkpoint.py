@@ -1,7 +1,8 @@
 """The checkpoint that a stopped run resumes from, and the signals that stop a run.
 
 Batches, augmentation and dropout are functions of (seed, step). A checkpoint therefore holds no state of a generator or
-a loader: only the step, weights, optimizers and unrecorded metrics.
+a loader, but the step, the run's arguments, the algorithm's training state, the weight average, the unrecorded metrics,
+the best accuracy and the elapsed time.
 """
 
 import contextlib

@@ -42,8 +42,9 @@ def train(args: RunArgs, lock: RunLock | None = None) -> None:
     `lock` is the lock on `output_dir`, if the caller holds it already.
 
     Raises:
-        UsageError: the arguments do not fit, before a model is built; `RunTaken` if the run is done or worked on.
-        SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; the checkpoint is written.
+        UsageError: the arguments do not fit, or the GPU's memory is too small.
+        RunTaken: the run is done, or another process works on it.
+        SystemExit: 128 + its number after SIGINT, SIGTERM or SIGUSR1; a checkpoint is written once a step is done.
     """
     run = set_up_run(args)
     with contextlib.ExitStack() as stack:

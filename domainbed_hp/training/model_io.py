@@ -61,7 +61,10 @@ def save_model(path: Path, algorithm: Algorithm, spec: ModelSpec, *, full: bool 
 
 
 def load_model(run_dir: Path) -> tuple[Algorithm, ModelSpec]:
-    """Return the trained algorithm of a finished run, in evaluation mode, and its specification."""
+    """Return the trained algorithm of a finished run, in evaluation mode, and its specification.
+
+    With clip_pretrained=random, the frozen weights are those of the run only after `train --save full`.
+    """
     path = run_dir / MODEL
     if not path.is_file():
         raise UsageError(f"{run_dir}: no {MODEL} there; expected a finished run without --skip_model_save")
@@ -71,4 +74,7 @@ def load_model(run_dir: Path) -> tuple[Algorithm, ModelSpec]:
     algorithm = build_algorithm(spec)
     if unexpected := algorithm.load_state_dict(state, strict=False).unexpected_keys:
         raise UsageError(f"{path}: tensors {unexpected[:3]} do not exist in {spec.algorithm} with the file's hparams")
+    if missing := sorted(algorithm.trained_state().keys() - state.keys()):
+        advice = "load the file with the code that wrote it"
+        raise UsageError(f"{path}: got no tensors {missing[:3]}, which {spec.algorithm} trains: {advice}")
     return algorithm.eval(), spec

@@ -123,8 +123,9 @@ def set_up_run(args: RunArgs) -> RunSetup:
 
 def find_device(name: str | None) -> torch.device:
     """Return the device called `name`, by default a GPU if there is one; `UsageError` if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         known = "cpu, cuda" if torch.cuda.is_available() else "cpu"

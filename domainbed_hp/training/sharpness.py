@@ -22,8 +22,8 @@ from domainbed_hp.registry import SHARPNESS, load
 class SAM:
     """Sharpness-aware minimization: gradients are taken at the weights w + rho g / |g|, and the step is made from w.
 
-    g is the gradient of the cross-entropy, mean over source domains. Of an update with several optimizer steps, only
-    the first one is affected.
+    g is the gradient of the cross-entropy, mean over source domains. The weights move back before the first
+    optimizer step of an update; gradients that the update takes after it are those at w.
     """
 
     # DEVIATION: SAM perturbs by the loss that it minimizes. Here it is the cross-entropy of `predict` for every

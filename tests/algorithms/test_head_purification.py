@@ -151,14 +151,12 @@ def moved(algorithm: HeadPurification, step: Any) -> tuple[bool, bool]:
     [
         ("joint", [(True, True)] * 4),
         ("alternate", [(False, True), (True, False)] * 2),
-        ("two_stage", [(False, True)] * 2 + [(True, False)] * 2),
+        ("two_stage", [(False, True)] * 3 + [(True, False)]),  # 5 steps: the first half ends before step 2.5
     ],
 )
 def test_strategies(strategy: str, expected: list[tuple[bool, bool]]) -> None:
     algorithm = make("HeadPurification", strategy=strategy, steps=5)
     seen = [moved(algorithm, lambda: algorithm.update(batches())) for _ in range(4)]
-    if strategy == "two_stage":  # 5 steps: the first half ends before step 2.5
-        expected = [(False, True)] * 3 + [(True, False)]
     assert seen == expected
 
 

@@ -301,6 +301,21 @@ def test_miros_released_pixels() -> None:
         make("MIRO", miro_released_pixels=True).merge()
 
 
+# LoRA
+
+
+@pytest.mark.parametrize("ranks", [(0, 8), (2, 0), (2, 8)])
+def test_lora_may_adapt_some_layers_only(ranks: tuple[int, int]) -> None:
+    a = make("LoRA", lora_rank=ranks[0], lora_rank_last=ranks[1])
+    assert [p.shape[-1] for p in a.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("own", [{"lora_rank": 0, "lora_rank_last": 0}, {"lora_targets": ""}])
+def test_lora_without_adapters_is_refused(own: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="got no adapters"):
+        resolve_hparams("LoRA", "PACS", 0, 0, {"clip_model": "mini", "clip_pretrained": "random"} | own)
+
+
 # CLIP-LoRA
 
 

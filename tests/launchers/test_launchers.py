@@ -364,6 +364,7 @@ def test_options_of_slurm() -> None:
     options = {"requeue": True, "time": 30, "gpus_per_node": "1", "exclusive": True, "mem": "8G"}
     assert slurm.parse_options(given) == options
     assert slurm.parse_options({})["time"] == 240
+    assert "requeue" not in slurm.parse_options({"requeue": "false"})
 
 
 @pytest.mark.parametrize("time", ["soon", "1-", "1:2:3:4", "-5", "4", "4:00", "0-0:4"])

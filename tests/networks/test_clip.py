@@ -98,6 +98,14 @@ def test_random_weights_cannot_be_exported(tmp_path: Path) -> None:
         clip.export_clip(source, {}, tmp_path)
 
 
+def test_weights_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
+    source = find_clip("mini", "shapes")
+    weights = {k: v for k, v in clip.create_model(source).state_dict().items() if k.startswith("visual.")}
+    weights["visual.proj"] = weights["visual.proj"].T[:5]
+    with pytest.raises(ValueError, match=r"visual.proj: got \(5, 160\), expected \(160, \d+\). `merge` returns"):
+        clip.export_clip(source, weights, tmp_path)
+
+
 @pytest.mark.parametrize("pretrained", ["shapes", "random"])
 def test_loading_draws_nothing_from_the_global_generator(pretrained: str) -> None:
     torch.manual_seed(0)

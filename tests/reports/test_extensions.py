@@ -1,4 +1,4 @@
-"""Bars: a new selection rule is one class and one line of the registry, a new statistic is one key of the records."""
+"""The cost of an extension: a new selection rule is one class and one line of the registry, a statistic is one key."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from made_records import Record, collected, record, write
 
 import domainbed_hp
 from domainbed_hp.model_selection import IIDAccuracy, load_selection_methods
-from domainbed_hp.registry import SELECTION_RULES
+from domainbed_hp.plugins import import_plugin
+from domainbed_hp.registry import SELECTION_RULES, UsageError
 from domainbed_hp.reports import figures, tables
 from domainbed_hp.scripts import collect_results, plot, run
 
@@ -50,7 +51,10 @@ def sweep() -> list[list[Record]]:
 
 
 def launch(folder: Path, script: str, *argv: str) -> str:
-    """Run a script of the package that lies in `folder`; modules of a user's own lie there, too."""
+    """Run a script of the copy of the package in `folder`, or of the package itself if there is no copy.
+
+    The user's own modules lie in `folder`.
+    """
     command = [sys.executable, "-m", f"domainbed_hp.scripts.{script}", "--input_dir", "runs", *argv]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(domainbed_hp.__file__).parents[1])])}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -94,6 +98,16 @@ def test_a_rule_and_a_data_set_of_ones_own_are_imported(tmp_path: Path) -> None:
     ranked = launch(tmp_path, "list_top_hparams", *place, *imports).partition("Model selection: last step\n")[2]
     assert "test_acc: 80.0  step: 2" in ranked
     assert launch(tmp_path, "plot", "--selection", "last_step", *imports).count("Skies") == 3
+
+
+def test_a_rule_needs_a_key_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subclass of a rule would else replace it, and its tables would change in silence."""
+    code = "from domainbed_hp.model_selection import IIDAccuracy\n\nclass Better(IIDAccuracy):\n    name = 'better'\n"
+    (tmp_path / "rule_without_key.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="--import rule_without_key: Better has no key. Add one"):
+        import_plugin("rule_without_key")
+    assert load_selection_methods()[0] is IIDAccuracy
 
 
 def test_the_registry_and_the_rules_agree_on_keys() -> None:

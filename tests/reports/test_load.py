@@ -10,6 +10,7 @@ from made_records import collected, frame, launched, minimal, record, write
 from domainbed_hp.registry import UsageError
 from domainbed_hp.reports.load import collect_records, load_runs
 from domainbed_hp.run_args import PROTOCOL
+from domainbed_hp.sweep.jobs import load_sweep
 
 
 def rows(*records):
@@ -248,6 +249,12 @@ def test_a_broken_sweep_file_is_refused(tmp_path, text, said):
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(UsageError, match=said):
         load_runs(tmp_path)
+
+
+def test_a_sweep_file_that_cannot_be_read_is_not_to_be_deleted(tmp_path):
+    (tmp_path / "sweep.json").mkdir()
+    with pytest.raises(UsageError, match="sweep.json: cannot be read: Is a directory. Check its permissions"):
+        load_sweep(tmp_path)
 
 
 def test_domainbeds_own_sweep(shared_data: Path):

@@ -4,11 +4,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from made_records import launched, minimal, record, write
 
-from domainbed_hp.registry import ALGORITHMS
+from domainbed_hp.registry import ALGORITHMS, LAUNCHERS
 from domainbed_hp.scripts import collect_results, run, sweep
 from domainbed_hp.scripts.collect_results import main
 
@@ -129,7 +131,9 @@ def test_what_is_missing_can_be_launched_and_completes_the_tables(tmp_path, caps
     assert "Total records: 7\n" in capsys.readouterr().out
 
 
-def test_missing_jobs_of_several_sweeps_are_launched_each_in_its_own(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def two_sweeps(tmp_path, capsys, monkeypatch):
+    """Sweeps a and b without their first run, and a file of the missing jobs, `my jobs.json`."""
     monkeypatch.chdir(tmp_path)
     args = {
         "algorithm": "ZeroShotCLIP",
@@ -142,6 +146,22 @@ def test_missing_jobs_of_several_sweeps_are_launched_each_in_its_own(tmp_path, c
         shutil.rmtree(jobs[0].folder)
     collect("all", "--missing", "my jobs.json")
     assert capsys.readouterr().err.endswith("sweep launch --jobs 'my jobs.json'\n")
+
+
+def test_an_interrupt_stops_the_launches_of_all_sweeps(two_sweeps, capsys, monkeypatch):
+    calls = []
+
+    def launch(commands):
+        calls.append(commands)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(LAUNCHERS, "local", launch)
+    assert run(sweep.main, ["launch", "--jobs", "my jobs.json", "--skip_confirmation"]) == 130
+    assert len(calls) == 1
+    assert "Interrupted: 1 jobs" in capsys.readouterr().err
+
+
+def test_missing_jobs_of_several_sweeps_are_launched_each_in_its_own(two_sweeps, capsys):
     assert (
         run(sweep.main, ["launch", "--jobs", "my jobs.json", "--command_launcher", "dummy", "--skip_confirmation"]) == 0
     )
@@ -163,6 +183,7 @@ def test_a_row_without_runs_is_an_error_under_strict(four_runs, capsys):
         ('{"jobs": [{"output_dir": "a"}]}', [], "expected a file of jobs"),
         ('{"jobs": [{"output_dir": "a", "args": {"algorithm": "LoRA"}}]}', ["--steps", "3"], "--steps with --jobs"),
         ('{"jobs": [{"output_dir": "a", "args": ARGS}]}', ["--config", "x.toml"], "--config with --jobs"),
+        ('{"jobs": [{"output_dir": "a", "args": ARGS}]}', ["--import", "mine"], "leave out --import"),
         ('{"jobs": [{"output_dir": "a", "args": {"colour": 1, "REST}}]}', [], "unknown argument of train in jobs.json"),
     ],
 )
@@ -215,6 +236,21 @@ def test_what_the_registry_does_not_know_is_shown_and_said(four_runs, capsys):
         "note: data set 'Ours' is not registered: its environments are numbered; --import MODULE registers it\n" in err
     )
     assert "note: algorithm 'Mine' is not registered: its rows come last; --import MODULE registers it\n" in err
+
+
+def test_the_images_of_a_folder_need_no_import(four_runs, capsys):
+    write(four_runs / "strange", record(0, 0.5, dataset="folder:/data/ours"))
+    collect(four_runs)
+    assert "'folder:/data/ours' is not registered: its environments are numbered\n" in capsys.readouterr().err
+
+
+def test_plugins_of_installed_packages_are_known(four_runs, capsys, monkeypatch):
+    point = SimpleNamespace(name="Ours", value="made:OURS")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point] * (group == "domainbed_hp.algorithms"))
+    with mock.patch.dict(ALGORITHMS):
+        write(four_runs / "strange", record(0, 0.5, algorithm="Ours"))
+        collect(four_runs)
+    assert "not registered" not in capsys.readouterr().err
 
 
 def test_formats_are_files_too(four_runs, capsys):

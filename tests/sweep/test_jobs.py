@@ -11,7 +11,7 @@ import pytest
 
 from domainbed_hp import run_dir
 from domainbed_hp.run_dir import State
-from domainbed_hp.sweep.jobs import LAUNCHERS, Job, find_launchers, load_jobs, register_launcher
+from domainbed_hp.sweep.jobs import LAUNCHERS_FOLDER, Job, find_launchers, load_jobs, register_launcher
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ def test_launchers_that_start_together_list_all_their_jobs(tmp_path: Path) -> No
     (tmp_path / "end").touch()
     assert [process.wait() for process in processes] == [0] * 6
     assert find_launchers(tmp_path / "out") == []
-    assert [path.name for path in (tmp_path / "out" / LAUNCHERS).iterdir()] == [run_dir.LOCK]
+    assert [path.name for path in (tmp_path / "out" / LAUNCHERS_FOLDER).iterdir()] == [run_dir.LOCK]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

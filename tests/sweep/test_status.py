@@ -8,7 +8,7 @@ from leases import REMOTE_LEASE
 
 from domainbed_hp import run_dir
 from domainbed_hp.run_dir import State
-from domainbed_hp.sweep.jobs import LAUNCHERS, Job
+from domainbed_hp.sweep.jobs import LAUNCHERS_FOLDER, Job
 from domainbed_hp.sweep.status import SweepStatus, compute_rate, estimate_cost, format_duration, read_elapsed
 
 
@@ -88,8 +88,8 @@ def test_the_rate_starts_with_the_launcher(tmp_path: Path, mixed: list[Job]) -> 
     now = time.time()
     os.utime(mixed[0].folder / "done", (now - 90_000,) * 2)
     os.utime(mixed[1].folder / "done", (now - 900,) * 2)
-    with run_dir.RunLock(tmp_path / LAUNCHERS / "host-1"):
-        os.utime(tmp_path / LAUNCHERS / "host-1", (now - 1800,) * 2)
+    with run_dir.RunLock(tmp_path / LAUNCHERS_FOLDER / "host-1"):
+        os.utime(tmp_path / LAUNCHERS_FOLDER / "host-1", (now - 1800,) * 2)
         status = SweepStatus.of(mixed)
     assert status.launchers == 1 and status.jobs_per_hour == pytest.approx(2, rel=0.01)
 

@@ -1,6 +1,7 @@
 """Download a data set: fetch its archives, unpack them next to the target, check the images, move them into place.
 
-Unfinished files lie in two hidden folders. A download that was stopped leaves them, and the next one goes on from them.
+Archives lie in the hidden folder `.downloads`; a download that was stopped goes on from them. Unpacked files lie in
+`.<folder>.partial`, which is removed at the end of every download, and unpacked anew by the next one.
 """
 
 import shutil
@@ -53,7 +54,8 @@ def download(
         accept_counts: whether images are installed whose numbers are of no known build.
     """
     if not spec.archives:
-        raise UsageError(f"{spec.name} has no archives to download" + (": it is generated" if spec.build else ""))
+        made, advice = "train makes it, and needs no --data_dir", f"copy its images to {data_dir / spec.folder}"
+        raise UsageError(f"{spec.name} has no archives to download: {made if spec.build else advice}")
     places = Places(data_dir.resolve(), spec.folder)
     try:
         with hold_lock(places.lock, f"{spec.name}: another process is downloading it, waiting"):
@@ -176,7 +178,8 @@ def fetch_archive(
         except UsageError as error:
             raise UsageError(f"{by_hand}: {error}. Fetch it again.") from error
         if digest and (got := sha256_of(by_hand)) != digest:
-            raise UsageError(f"{by_hand}: its SHA-256 is {got}, expected {digest}.{hint} Otherwise fetch it again.")
+            advice = f"{hint} Otherwise fetch it again." if hint else " Fetch it again."
+            raise UsageError(f"{by_hand}: its SHA-256 is {got}, expected {digest}.{advice}")
         return by_hand
     sources = ([f"{mirror.rstrip('/')}/{archive.name}"] if mirror else []) + [*archive.sources]
     failures = []

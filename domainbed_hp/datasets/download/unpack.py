@@ -84,7 +84,9 @@ def unpack(archive: Path, into: Path) -> None:
                 if not problem and not member.is_folder and (key in names or (into / path).is_file()):
                     problem = "there is a file of this name already, or of one that differs in upper and lower case"
                 if problem:
-                    raise UsageError(f"{archive}: refused because of {name!r}: {problem}")
+                    raise UsageError(
+                        f"{archive}: refused because of {name!r}: {problem}. Download it again, or from another source."
+                    )
                 if not member.is_folder and not any(map(is_ignored, path.parts)):
                     names.add(key)
                     member.extract()
@@ -99,7 +101,9 @@ def unpack(archive: Path, into: Path) -> None:
         if number not in (None, errno.EINVAL):
             raise
         where = f" at {name!r}" if name else ""
-        raise UsageError(f"{archive}: damaged, or not what its name says{where}: {error}") from error
+        raise UsageError(
+            f"{archive}: damaged, or not what its name says{where}: {error}. Download it again."
+        ) from error
 
 
 def read_unpacked_size(archive: Path) -> int:

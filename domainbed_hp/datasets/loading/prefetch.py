@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 2
-"""Largest number of finished results that wait for the caller, to bound the memory."""
+"""Number of items, beyond one for each thread, that are computed ahead of the caller; it bounds the memory."""
 
 
 class ThreadPool:

@@ -1,7 +1,8 @@
 """The two views of an image that training and scoring read, as small uint8 arrays.
 
-The training view is the image to crop at random from; the evaluation view is the image to score. `prepare` stores both.
-Without prepared data the same pixels are made from the decoded image at each access.
+The training view is the image to crop at random from; the evaluation view is the image to score. `prepare` stores both,
+the training view as JPEG in encoding `compressed`. Without prepared data they are made from the decoded image at each
+access.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Adaptation has to learn two things, the same in every environment. Four classes have names that the embedded CLIP has
 never read, as class names of real data sets are not always the words of captions. And poses vary a little more than in
-most images of its training.
+the plain half of its training images.
 
 In every environment a colour predicts the class, and misleads in the other environments: with probability `CUE` its hue
 is number (class + shift) of `HUES`, with a shift per environment, and otherwise any hue. In the cartoons this is the
@@ -108,14 +108,9 @@ SHAPES_DG = DatasetSpec(
     environments=ENVIRONMENTS,
     num_classes=len(CLASS_NAMES),
     class_names=CLASS_NAMES,
-    folder="",
-    domain_folders=("art_painting", "cartoon", "photo", "sketch"),
     image_counts=(len(CLASS_NAMES) * PER_CLASS,) * len(ENVIRONMENTS),
     image_size=64,
     steps=301,
     checkpoint_freq=50,
-    licence="drawn by this package, under its licence",
-    citation="",
-    homepage="",
     build=build,
 )
