@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import photo
 from leases import leave_lease
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from short_runs import CPU, MINI, Run, crash, go, stop_at, terminate, without_times
 
 from domainbed_hp import hparams_registry, records
@@ -85,6 +86,18 @@ def test_saved_model_predicts_as_recorded(tmp_path: Path) -> None:
     split = split_environments([len(e) for e in dataset.environments], (0,), 0)
     loader = loop.make_eval_loaders(dataset.environments, split, 64, max_images=40)["env0_out"]
     assert evaluation.score_split(algorithm, loader, CPU, preprocess).accuracy == records[-1]["env0_out_acc"]
+
+
+def test_a_model_file_without_a_trained_tensor_is_refused(tmp_path: Path) -> None:
+    go(tmp_path / "run", steps=1, eval_images=2)
+    path = tmp_path / "run" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    lost = sorted(tensors)[0]
+    save_file({name: value for name, value in tensors.items() if name != lost}, path, metadata)
+    with pytest.raises(UsageError, match=rf"got no tensors \['{lost}'\], which HeadPurification trains: load the file"):
+        load_model(tmp_path / "run")
 
 
 def test_without_validation_images_gates_alone_are_diagnosed(tmp_path: Path) -> None:
