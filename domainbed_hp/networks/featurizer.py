@@ -20,8 +20,10 @@ BACKBONES = (*RESNETS, "clip", "small")
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet with dropout in place of its last layer. `freeze_bn`: the statistics of batch norms do not
-    change."""
+    """torchvision's ResNet with dropout in place of its last layer.
+
+    `freeze_bn`: the statistics of batch norms do not change.
+    """
 
     def __init__(self, name: str, weights: str, dropout: float, freeze_bn: bool) -> None:
         super().__init__()
